@@ -1,0 +1,3 @@
+//! The coordinator knows text, requests and groups; never a tensor, never a model file.
+
+pub mod group;
