@@ -9,7 +9,9 @@ pub enum Error {
     Empty { what: &'static str },
     #[error("{what} has {len} characters; at most {max} are allowed")]
     TooLong { what: &'static str, len: usize, max: usize },
-    #[error("{what} `{text}` has the character {bad:?}; allowed are letters, digits and `.`, `_`, `-`, `:`")]
+    #[error(
+        "{what} `{text}` has the character {bad:?}; allowed are letters, digits and `.`, `_`, `-`, `:`"
+    )]
     BadCharacter { what: &'static str, text: String, bad: char },
     #[error("epoch 0 does not exist; the first epoch is 1")]
     ZeroEpoch,
@@ -112,7 +114,10 @@ mod tests {
         for bad in ["", "a/b", "a b", "ü", &"x".repeat(MAX_ID_LEN + 1)] {
             assert!(WorkerId::parse(bad).is_err(), "{bad:?} was accepted");
         }
-        assert_eq!(ModelName::parse("SmolLM2-135M-Instruct.Q4_1").expect("valid").as_str(), "SmolLM2-135M-Instruct.Q4_1");
+        assert_eq!(
+            ModelName::parse("SmolLM2-135M-Instruct.Q4_1").expect("valid").as_str(),
+            "SmolLM2-135M-Instruct.Q4_1"
+        );
     }
 
     #[test]
