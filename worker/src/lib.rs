@@ -1,1 +1,4 @@
-//! Placeholder.
+//! One rank of a group. A worker knows tensors and its rank; never a chat template.
+
+pub mod backend;
+pub mod model;

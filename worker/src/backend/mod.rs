@@ -1,0 +1,113 @@
+//! The contract of a device: load a rank's slices, then run its program on one batch after another.
+//!
+//! `cpu` is ours and fast; `reference` is candle, slow and obvious. A backend knows tensors and its
+//! rank; it does not know requests, sampling or the network beyond the collective it is handed.
+
+use evener_collective::Collective;
+
+/// Tokens of one KV block.
+pub const KV_BLOCK_LEN: usize = 16;
+
+/// One step's work, flat. Built by `engine::batch`, the same on every rank.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Number of the step in its epoch; tags the collectives.
+    pub step: u64,
+    /// Token ids. `[T]`
+    pub tokens: Vec<u32>,
+    /// Position of each token in its sequence. `[T]`
+    pub positions: Vec<u32>,
+    /// Where each token's k and v go: block id * [`KV_BLOCK_LEN`] + offset. `[T]`
+    pub slots: Vec<u32>,
+    /// One per sequence; their rows are consecutive, in order, and cover all T.
+    pub spans: Vec<Span>,
+    /// KV block ids; each span has its run.
+    pub block_tables: Vec<u32>,
+    /// Rows whose logits are wanted, ascending. `[S]`
+    pub sample_rows: Vec<u32>,
+}
+
+/// The rows of one sequence in a [`Batch`]: consecutive positions of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    pub first_row: u32,
+    pub n_rows: u32,
+    /// Its run in `Batch::block_tables`: blocks for positions 0 to its last, in order.
+    pub first_block: u32,
+    pub n_blocks: u32,
+}
+
+impl Batch {
+    /// Empties it, keeping its memory.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.spans.clear();
+        self.block_tables.clear();
+        self.sample_rows.clear();
+    }
+}
+
+/// Which implementation runs the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Our kernels.
+    Cpu,
+    /// candle tensors: slow, obvious, the truth the others are tested against.
+    Reference,
+}
+
+/// How a rank uses its device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Threads of the step, this rank's own; at least 1.
+    pub threads: usize,
+    /// Most tokens of one step: buffers are allocated for it.
+    pub max_batch_tokens: usize,
+    /// Most rows of one step whose logits are wanted.
+    pub max_sample_rows: usize,
+    /// Most tokens of one sequence.
+    pub max_context: usize,
+    /// Spin while waiting for the other threads; false when ranks outnumber cores.
+    pub spin: bool,
+}
+
+/// A rank's weights in the device's own form, before its KV cache exists.
+pub trait Loaded: Send {
+    /// Bytes of weights this rank holds.
+    fn resident_weight_bytes(&self) -> u64;
+    /// Bytes of one KV block over all layers and this rank's KV heads; 0 if it caches none.
+    fn kv_block_bytes(&self) -> u64;
+    /// "cpu avx512-vnni", "reference", ...
+    fn name(&self) -> String;
+    /// Same bits whatever the batch, the threads and the split.
+    fn deterministic(&self) -> bool;
+    /// Allocates the KV cache and the step's buffers.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    fn into_backend(self: Box<Self>, n_kv_blocks: u32) -> Result<Box<dyn Backend>, Error>;
+}
+
+/// What a device can do once a rank's weights are in it.
+pub trait Backend: Send {
+    /// Runs the program on `batch`, meeting the other ranks in `collective` (op numbers from 1 up in
+    /// program order; op 0 is the engine's).
+    ///
+    /// # Errors
+    /// A failed collective, or a device that failed. The epoch is over after either.
+    fn run(&mut self, batch: &Batch, collective: &mut dyn Collective) -> Result<(), Error>;
+
+    /// Logits of the last run: `[S, own vocabulary rows]`, f32.
+    fn logits(&self) -> &[f32];
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Collective(#[from] evener_collective::Error),
+    #[error("the device failed: {reason}")]
+    Device { reason: String },
+}
