@@ -1,0 +1,50 @@
+//! `evener coordinator`: the HTTP API, the router and the supervisor of groups, as one process.
+
+use std::net::SocketAddr;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::values::{Registry, Shares};
+
+const EXAMPLES: &str = "Examples:
+  One coordinator that keeps the registry itself, and a worker that joins it:
+    evener coordinator --deploy SmolLM2-135M-Instruct.Q4_1 --group-size 2
+    evener worker --model SmolLM2-135M-Instruct.Q4_1.gguf --registry embedded://127.0.0.1:8081
+
+  Coordinators and workers that meet in etcd:
+    evener coordinator --registry etcd://10.0.0.1:2379,10.0.0.2:2379 --deploy llama --shares 2:1
+
+`evener up` starts a coordinator and its workers on one machine in one command.";
+
+#[derive(Debug, Clone, Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(after_help = EXAMPLES)]
+pub struct Options {
+    /// Address of the HTTP API.
+    #[arg(long, env = "EVENER_LISTEN", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Where membership and load stand: embedded (in this process) or etcd://HOST:PORT[,HOST:PORT].
+    #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded")]
+    pub registry: Registry,
+    /// Address at which an embedded registry is offered to workers (their --registry embedded://ADDRESS).
+    #[arg(long, env = "EVENER_REGISTRY_LISTEN", default_value = "127.0.0.1:8081")]
+    pub registry_listen: SocketAddr,
+    /// Model to serve, by the name its workers hold it under; default: whatever the registry asks for.
+    #[arg(long, env = "EVENER_DEPLOY", value_name = "NAME")]
+    pub deploy: Option<String>,
+    /// Workers that share the deployed model; default: as many as shares, else all that hold it.
+    #[arg(long, env = "EVENER_GROUP_SIZE", value_name = "N", requires = "deploy")]
+    pub group_size: Option<u32>,
+    /// Weights of the ranks in the split, such as 2:1; default: equal.
+    #[arg(long, env = "EVENER_SHARES", value_name = "A:B", requires = "deploy")]
+    pub shares: Option<Shares>,
+    /// Longest wait for running requests when asked to stop, in seconds.
+    #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
+    pub drain_timeout: u32,
+}
+
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let _ = (options, crate::signals::shutdown_token()?);
+    anyhow::bail!("not merged yet")
+}
