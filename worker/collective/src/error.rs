@@ -23,7 +23,9 @@ pub enum Error {
     #[error("rank {peer} sent {field} {got} where {expected} was due; the ranks are out of step")]
     Mismatch { field: &'static str, expected: u64, got: u64, peer: usize },
 
-    #[error("rank {peer} wants to send {bytes} bytes; the bound is {max}, in whole units of {unit}")]
+    #[error(
+        "rank {peer} wants to send {bytes} bytes; the bound is {max}, in whole units of {unit}"
+    )]
     BadLength { peer: usize, bytes: u64, max: usize, unit: usize },
 
     #[error("{bytes} bytes to send; max_message_bytes is {max}")]
