@@ -8,8 +8,8 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{kind} of step {} op {} waited {} ms for ranks {peers:?}; they stall, or the step deadline is \
-         too short",
+        "{kind} of step {} op {} waited {} ms for ranks {peers:?}; they stall, or the step \
+         deadline is too short",
         tag.step, tag.op, waited.as_millis()
     )]
     Timeout { kind: Kind, tag: Tag, waited: Duration, peers: Vec<usize> },
