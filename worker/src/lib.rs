@@ -1,4 +1,5 @@
 //! One rank of a group. A worker knows tensors and its rank; never a chat template.
 
 pub mod backend;
+pub mod checkpoint;
 pub mod model;

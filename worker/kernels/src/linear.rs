@@ -4,6 +4,8 @@
 //! output element: blocks of 32 columns in order within a leaf, leaves by the given merges. It does not
 //! depend on how many rows, tiles or threads there are.
 
+use std::mem::MaybeUninit;
+
 use crate::activation::{Activation, BLOCK, quantise_row};
 use crate::isa::Isa;
 use crate::matrix::{Matrix, TILE_ROWS, Tiles};
@@ -259,7 +261,8 @@ impl<'a> TileWeights<'a> {
 /// The loop over parts, leaves and blocks, for any block kernel and accumulator.
 macro_rules! sum_leaves {
     ($M:ident, $sum:expr, $zero:expr, $add:expr, $lanes:expr, $block:expr, $store:expr) => {{
-        let mut stack = [[$zero; $M]; MAX_DEPTH];
+        // Not cleared: a tile is done in about a microsecond, and clearing this would show.
+        let mut stack = [const { MaybeUninit::uninit() }; MAX_DEPTH];
         let n_blocks = $sum.leaf_columns / BLOCK;
         let (mut leaf, mut b) = (0, 0);
         for (p, &n_leaves) in $sum.part_leaves.iter().enumerate() {
@@ -270,18 +273,26 @@ macro_rules! sum_leaves {
                     $block(b, &mut acc);
                     b += 1;
                 }
-                stack[top] = acc;
+                stack[top].write(acc);
                 top += 1;
                 for _ in 0..$sum.merges[leaf] {
                     top -= 1;
+                    // SAFETY: `check_sum` saw that merges leave at least one sum: both were written.
+                    let (left, right) =
+                        unsafe { (stack[top - 1].assume_init(), stack[top].assume_init()) };
                     for m in 0..$M {
-                        stack[top - 1][m] = $add(stack[top - 1][m], stack[top][m]);
+                        acc[m] = $add(left[m], right[m]);
                     }
+                    stack[top - 1].write(acc);
                 }
                 leaf += 1;
             }
-            for m in 0..$M {
-                $store(p, m, &$lanes(stack[0][m]));
+            if n_leaves > 0 {
+                // SAFETY: the first leaf wrote it.
+                let total = unsafe { stack[0].assume_init() };
+                for m in 0..$M {
+                    $store(p, m, &$lanes(total[m]));
+                }
             }
         }
     }};
