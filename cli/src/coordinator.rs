@@ -1,10 +1,16 @@
 //! `evener coordinator`: the HTTP API, the router and the supervisor of groups, as one process.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
+use anyhow::bail;
 use clap::Args;
+use evener_coordinator::cluster::records::Deployment;
+use evener_coordinator::{cluster, config, http};
+use evener_proto::ids::ModelName;
 use serde::Serialize;
 
+use crate::signals;
 use crate::values::{Registry, Shares};
 
 const EXAMPLES: &str = "Examples:
@@ -45,6 +51,35 @@ pub struct Options {
 }
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let _ = (options, crate::signals::shutdown_token()?);
-    anyhow::bail!("not merged yet")
+    let shutdown = signals::shutdown_token()?;
+    evener_coordinator::run(options.into_coordinator()?, shutdown).await?;
+    Ok(())
+}
+
+impl Options {
+    fn into_coordinator(self) -> anyhow::Result<config::Options> {
+        let place = match self.registry {
+            Registry::Embedded => config::Place::Embedded { listen: self.registry_listen },
+            Registry::EmbeddedAt(address) => config::Place::Remote { address },
+            Registry::Etcd(endpoints) => config::Place::Etcd { endpoints },
+        };
+        let mut cluster = cluster::Options::at(place);
+        if let Some(name) = &self.deploy {
+            let shares = self.shares.map(|shares| shares.0).unwrap_or_default();
+            let n_shares = u32::try_from(shares.len()).unwrap_or(u32::MAX);
+            let world_size = match self.group_size {
+                Some(0) => bail!("--group-size 0 asks for no worker; a group needs at least 1"),
+                Some(n) if n_shares > 0 && n != n_shares => bail!(
+                    "--shares names {n_shares} workers and --group-size asks for {n}; they must agree"
+                ),
+                Some(n) => Some(n),
+                None => (n_shares > 0).then_some(n_shares),
+            };
+            let model = ModelName::parse(name)?;
+            cluster.deployments = vec![Deployment { model, world_size, shares, replicas: 1 }];
+        }
+        let drain_timeout = Duration::from_secs(self.drain_timeout.into());
+        let http = http::Options { drain_timeout, ..http::Options::default() };
+        Ok(config::Options { http_listen: self.listen, http, cluster })
+    }
 }

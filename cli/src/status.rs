@@ -53,7 +53,7 @@ async fn show(client: &Client, json: bool, clear: bool) -> anyhow::Result<()> {
         format!("{}\n", serde_json::to_string_pretty(&status)?)
     } else {
         let clear = if clear { "\x1b[2J\x1b[H" } else { "" };
-        format!("{clear}{}", render(client.url(), &View::read(&status)))
+        format!("{clear}{}", render(client.url(), &View::read(&status)?))
     };
     // A closed pipe (`| head`) is no error of ours.
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -72,14 +72,14 @@ fn render(url: &str, view: &View) -> String {
         "shard",
     ]);
     for worker in &view.workers {
-        workers.row(worker_row(worker));
+        workers.row(worker_row(view, worker));
     }
     out.push_str(&workers.render("no worker is registered"));
     out.push_str("\nGROUPS\n");
     let mut groups =
         Table::new(&["id", "model", "epoch", "state", "members", "links", "kv blocks"]);
     for group in &view.groups {
-        groups.row(group_row(group));
+        groups.row(group_row(view, group));
     }
     out.push_str(&groups.render("no group has been formed"));
     if !view.missing.is_empty() {
@@ -91,15 +91,18 @@ fn render(url: &str, view: &View) -> String {
     out
 }
 
-fn worker_row(worker: &Worker) -> Vec<String> {
+fn worker_row(view: &View, worker: &Worker) -> Vec<String> {
     let number = |n: Option<u32>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
     let device = match worker.device.backend.as_str() {
         "" => worker.device.kind.clone(),
         backend => backend.to_owned(),
     };
-    let state = match (worker.load_bytes_done * 100).checked_div(worker.load_bytes_total) {
-        Some(percent) if worker.state == "loading" => format!("loading {percent} %"),
-        _ => worker.state.clone(),
+    let progress = view.member(&worker.id).and_then(|m| m.bytes_done.zip(m.bytes_total));
+    let percent = progress.and_then(|(done, total)| (done * 100).checked_div(total));
+    let state = match (worker.state.as_str(), percent) {
+        (_, _) if worker.draining => "draining".to_owned(),
+        ("loading", Some(percent)) => format!("loading {percent} %"),
+        (state, _) => state.to_owned(),
     };
     vec![
         worker.id.clone(),
@@ -116,8 +119,8 @@ fn worker_row(worker: &Worker) -> Vec<String> {
     ]
 }
 
-fn group_row(group: &Group) -> Vec<String> {
-    let members: Vec<&str> = group.members.iter().map(|m| m.worker_id.as_str()).collect();
+fn group_row(view: &View, group: &Group) -> Vec<String> {
+    let members: Vec<&str> = group.members.iter().map(|m| m.worker.as_str()).collect();
     let mut links: Vec<&str> = group
         .members
         .iter()
@@ -137,7 +140,7 @@ fn group_row(group: &Group) -> Vec<String> {
         state,
         members.join(" "),
         links.join(" "),
-        format!("{}/{}", group.kv_blocks_used, group.kv_blocks_total),
+        format!("{}/{}", view.kv_blocks_used(group), group.kv_blocks),
     ]
 }
 

@@ -118,7 +118,7 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     };
     let status = cluster.client.status().await;
     cluster.stop(&mut signals).await?;
-    let (results, view) = (measured?, View::read(&status?));
+    let (results, view) = (measured?, View::read(&status?)?);
     let report = Report {
         model: plan.name.to_string(),
         shares: plan.shares.clone(),

@@ -341,8 +341,8 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
         let mut model = OsString::from(format!("{}=", plan.name));
         model.push(&plan.model);
         worker.extend(["--model".into(), model]);
-        if let Some(memory) = shape.memory {
-            worker.extend(args(&[("--memory", &memory.0.to_string())]));
+        if let Some(kv) = plan.kv_bytes.get(rank) {
+            worker.extend(args(&[("--kv-memory", &kv.to_string())]));
         }
         specs.push(spec(id, worker));
     }

@@ -33,6 +33,8 @@ pub struct Plan {
     pub threads: usize,
     /// Of each rank's weights, bytes.
     pub weight_bytes: Vec<u64>,
+    /// What `--memory` leaves each rank for its KV cache, bytes; empty where the workers choose.
+    pub kv_bytes: Vec<u64>,
     pub http: Reserved,
     /// Where the coordinator offers its embedded registry; none with etcd.
     pub registry: Option<Reserved>,
@@ -49,7 +51,7 @@ impl Plan {
         let weight_bytes = (0..shares.len())
             .map(|rank| plan::rank_bytes(&checkpoint, &split, rank))
             .collect::<anyhow::Result<Vec<u64>>>()?;
-        check_memory(shape, &checkpoint, &weight_bytes)?;
+        let kv_bytes = check_memory(shape, &checkpoint, &weight_bytes)?;
         let http = ports::reserve(listen)?;
         let registry = match &shape.registry {
             Registry::Embedded => Some(ports::reserve(SocketAddr::from(([127, 0, 0, 1], 0)))?),
@@ -60,7 +62,7 @@ impl Plan {
             ),
         };
         let shape = shape.clone();
-        Ok(Self { shape, model, name, shares, threads, weight_bytes, http, registry })
+        Ok(Self { shape, model, name, shares, threads, weight_bytes, kv_bytes, http, registry })
     }
 }
 
@@ -96,11 +98,12 @@ fn threads(shape: &Shape, n_workers: usize) -> anyhow::Result<usize> {
     }
 }
 
+/// What each rank may use for its KV cache, if that is bounded.
 fn check_memory(
     shape: &Shape,
     checkpoint: &Checkpoint,
     weight_bytes: &[u64],
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Vec<u64>> {
     let n_ranks = weight_bytes.len() as u64;
     let kv = checkpoint.description.kv_bytes_per_token * MIN_KV_TOKENS / n_ranks;
     let needs: Vec<u64> = weight_bytes.iter().map(|w| w + kv + WORKER_OVERHEAD_BYTES).collect();
@@ -128,7 +131,8 @@ fn check_memory(
             Bytes(available)
         );
     }
-    Ok(())
+    let kv_of = |weights: &u64| shape.memory.map(|m| m.0 - weights - WORKER_OVERHEAD_BYTES);
+    Ok(weight_bytes.iter().filter_map(kv_of).collect())
 }
 
 /// Bytes that new processes can use: the kernel's estimate, within this control group's limit.

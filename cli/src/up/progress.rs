@@ -58,19 +58,21 @@ impl Progress {
     }
 
     pub fn update(&mut self, status: &Value) {
-        let view = View::read(status);
+        // A page that cannot be read costs the bars, not the start.
+        let Ok(view) = View::read(status) else { return };
         for rank in &mut self.ranks {
             let Some(worker) = view.workers.iter().find(|w| w.id == rank.worker) else { continue };
-            let total =
-                if worker.load_bytes_total > 0 { worker.load_bytes_total } else { rank.total };
-            let done = match worker.state.as_str() {
-                "serving" => total,
-                _ => worker.load_bytes_done.min(total),
+            let member = view.member(&worker.id);
+            let stage = member.and_then(|m| m.stage.as_deref()).unwrap_or(&worker.state);
+            let total = member.and_then(|m| m.bytes_total).filter(|&n| n > 0).unwrap_or(rank.total);
+            let done = match stage {
+                "ready" | "warming" => total,
+                _ => member.and_then(|m| m.bytes_done).unwrap_or(0).min(total),
             };
             rank.bar.set_length(total);
             rank.bar.set_position(done);
-            rank.bar.set_message(worker.state.clone());
-            rank.tell(self.bars.is_none(), done, total, &worker.state);
+            rank.bar.set_message(stage.to_owned());
+            rank.tell(self.bars.is_none(), done, total, stage);
         }
     }
 
@@ -79,8 +81,8 @@ impl Progress {
         let plain = self.bars.is_none();
         for rank in &mut self.ranks {
             rank.bar.set_position(rank.bar.length().unwrap_or(rank.total));
-            rank.bar.finish_with_message("serving");
-            rank.tell(plain, rank.total, rank.total, "serving");
+            rank.bar.finish_with_message("ready");
+            rank.tell(plain, rank.total, rank.total, "ready");
         }
     }
 
