@@ -10,7 +10,8 @@ use evener_collective::Collective;
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::program::Program;
 
-pub mod cpu;
+mod cpu;
+mod reference;
 
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
@@ -110,6 +111,9 @@ pub trait Backend: Send {
     fn logits(&self) -> &[f32];
 }
 
+/// Hears of bytes done and bytes in total while weights load; may stop it.
+pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
+
 /// Reads a rank's slices into the device's form. `progress(done, total)` counts bytes of the file and
 /// may stop the loading.
 ///
@@ -120,11 +124,11 @@ pub fn load(
     checkpoint: &Checkpoint,
     program: Program,
     options: &Options,
-    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+    progress: &mut Progress<'_>,
 ) -> Result<Box<dyn Loaded>, LoadError> {
     match kind {
         Kind::Cpu => Ok(Box::new(cpu::load(checkpoint, program, options, progress)?)),
-        Kind::Reference => todo!(),
+        Kind::Reference => reference::load(checkpoint, program, progress),
     }
 }
 

@@ -1,6 +1,5 @@
 //! Loading for the CPU backend: slices of the checkpoint into packed matrices and f32 vectors.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use evener_kernels::matrix::Source;
@@ -8,7 +7,7 @@ use evener_kernels::quant::Format;
 use evener_kernels::{Isa, Matrix};
 
 use super::Cpu;
-use crate::backend::{LoadError, Options};
+use crate::backend::{LoadError, Options, Progress};
 use crate::checkpoint::{Checkpoint, Slice};
 use crate::model::config::Rope;
 use crate::model::program::{BufferId, Op, Program, Role, WeightId};
@@ -52,7 +51,7 @@ pub fn load(
     checkpoint: &Checkpoint,
     program: Program,
     options: &Options,
-    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+    progress: &mut Progress<'_>,
 ) -> Result<Cpu, LoadError> {
     let slices: Vec<Slice<'_>> =
         program.weights.iter().map(|weight| checkpoint.slice(weight)).collect::<Result<_, _>>()?;
