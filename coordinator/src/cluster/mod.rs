@@ -4,4 +4,7 @@
 
 pub mod embedded;
 pub mod embedded_grpc;
+pub mod membership;
+pub mod placement;
+pub mod records;
 pub mod registry;
