@@ -57,7 +57,7 @@ fn run(
         spin: false,
     };
     let mesh_options = MeshOptions { spin: false, ..MeshOptions::default() };
-    let meshes = Mesh::local(shares.len(), 1, &mesh_options);
+    let meshes = Mesh::local(shares.len(), 1, &mesh_options).unwrap();
     let ranks: Vec<Vec<f32>> = std::thread::scope(|scope| {
         let ranks: Vec<_> = meshes
             .into_iter()
