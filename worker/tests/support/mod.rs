@@ -3,6 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod gguf_writer;
+pub mod group;
 pub mod tiny_model;
 
 use std::path::PathBuf;
