@@ -61,7 +61,7 @@ impl Options {
         let place = match self.registry {
             Registry::Embedded => config::Place::Embedded { listen: self.registry_listen },
             Registry::EmbeddedAt(address) => config::Place::Remote { address },
-            Registry::Etcd(endpoints) => config::Place::Etcd { endpoints },
+            Registry::Etcd(_) => bail!("etcd is not merged yet"),
         };
         let mut cluster = cluster::Options::at(place);
         if let Some(name) = &self.deploy {

@@ -104,9 +104,9 @@ impl Options {
         };
         options.threads = self.threads.unwrap_or(cores);
         options.transport = match self.transport {
-            Transport::Auto => evener_worker::Transport::Auto,
-            Transport::Tcp => evener_worker::Transport::Tcp,
-            Transport::Shm => evener_worker::Transport::Shm,
+            Transport::Auto => config::Transport::Auto,
+            Transport::Tcp => config::Transport::Tcp,
+            Transport::Shm => config::Transport::Shm,
         };
         options.kv_memory_bytes = self.kv_memory.map(|bytes| bytes.0);
         options.max_running = self.max_running;
