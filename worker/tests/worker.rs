@@ -1,5 +1,5 @@
-//! A worker from outside: real workers on free ports, spoken to by gRPC as a coordinator does, with a
-//! tiny random model.
+//! A worker from outside: real workers on free ports, spoken to by gRPC as a coordinator does, with
+//! a tiny random model.
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
