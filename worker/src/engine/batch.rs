@@ -1,0 +1,182 @@
+//! A step plan and the block tables of the slots to the backend's flat batch. The lead applies its
+//! own plans by this code too, so that no rank can read a plan differently.
+
+use crate::backend::{Batch, KV_BLOCK_LEN, Span};
+
+use super::kv_blocks::blocks_for;
+use super::step::{Entry, Limits, StepPlan};
+
+/// What a rank remembers of the sequences: by slot, the blocks of the positions computed so far.
+#[derive(Debug)]
+pub struct Tables {
+    slots: Vec<Slot>,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    blocks: Vec<u32>,
+    n_tokens: u32,
+    /// Step that last used it, so that no plan uses it twice.
+    last_step: u64,
+}
+
+/// Why a plan does not fit the tables: the ranks are out of step.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("slot {slot} is at position {at}; the plan starts at {start}")]
+    Start { slot: u32, at: u32, start: u32 },
+    #[error("slot {slot} has {got} blocks for {n_tokens} tokens; {expected} are due")]
+    Blocks { slot: u32, got: usize, n_tokens: u32, expected: usize },
+    #[error("slot {slot} is twice in one plan")]
+    Twice { slot: u32 },
+}
+
+impl Tables {
+    #[must_use]
+    pub fn new(limits: &Limits) -> Self {
+        let max_blocks = blocks_for(limits.max_context);
+        let slot = || Slot { blocks: Vec::with_capacity(max_blocks), ..Slot::default() };
+        Self { slots: (0..limits.n_slots).map(|_| slot()).collect() }
+    }
+
+    /// Takes in what is new in `plan` and replaces `batch` by the work of this step.
+    ///
+    /// # Errors
+    /// The plan contradicts the tables. They mean nothing after that.
+    pub fn apply(&mut self, plan: &StepPlan, batch: &mut Batch) -> Result<(), Error> {
+        for &slot in &plan.freed_slots {
+            let slot = &mut self.slots[slot as usize];
+            slot.blocks.clear();
+            slot.n_tokens = 0;
+        }
+        batch.clear();
+        batch.step = plan.step;
+        batch.tokens.extend_from_slice(&plan.tokens);
+        let mut blocks = plan.blocks.as_slice();
+        for entry in &plan.entries {
+            let (new, rest) = blocks.split_at(entry.n_blocks as usize);
+            blocks = rest;
+            self.slots[entry.slot as usize].extend(entry, new, plan.step)?;
+            self.slots[entry.slot as usize].flatten(entry, batch);
+        }
+        Ok(())
+    }
+}
+
+impl Slot {
+    fn extend(&mut self, entry: &Entry, new_blocks: &[u32], step: u64) -> Result<(), Error> {
+        let &Entry { slot, start, n_tokens, .. } = entry;
+        if self.last_step == step {
+            return Err(Error::Twice { slot });
+        }
+        self.last_step = step;
+        if self.n_tokens != start {
+            return Err(Error::Start { slot, at: self.n_tokens, start });
+        }
+        self.n_tokens += n_tokens;
+        self.blocks.extend_from_slice(new_blocks);
+        let expected = blocks_for(self.n_tokens as usize);
+        if self.blocks.len() != expected {
+            let (got, n_tokens) = (self.blocks.len(), self.n_tokens);
+            return Err(Error::Blocks { slot, got, n_tokens, expected });
+        }
+        Ok(())
+    }
+
+    fn flatten(&self, entry: &Entry, batch: &mut Batch) {
+        let first_row = batch.positions.len() as u32;
+        let block_len = KV_BLOCK_LEN as u32;
+        for position in entry.start..entry.start + entry.n_tokens {
+            let block = self.blocks[(position / block_len) as usize];
+            batch.positions.push(position);
+            batch.slots.push(block * block_len + position % block_len);
+        }
+        batch.spans.push(Span {
+            first_row,
+            n_rows: entry.n_tokens,
+            first_block: batch.block_tables.len() as u32,
+            n_blocks: self.blocks.len() as u32,
+        });
+        batch.block_tables.extend_from_slice(&self.blocks);
+        let end = first_row + entry.n_tokens;
+        batch.sample_rows.extend(end - entry.n_sampled..end);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::engine::step::Kind;
+
+    const LIMITS: Limits = Limits {
+        n_slots: 4,
+        max_batch_tokens: 64,
+        max_sample_rows: 64,
+        max_context: 256,
+        n_kv_blocks: 32,
+        vocab: 1000,
+    };
+
+    fn plan(step: u64, entries: &[Entry], blocks: &[u32], freed: &[u32]) -> StepPlan {
+        let n_tokens = entries.iter().map(|entry| entry.n_tokens).sum();
+        StepPlan {
+            epoch: 1,
+            step,
+            kind: Kind::Run,
+            freed_slots: freed.to_vec(),
+            entries: entries.to_vec(),
+            tokens: (0..n_tokens).collect(),
+            blocks: blocks.to_vec(),
+        }
+    }
+
+    fn entry(slot: u32, start: u32, n_tokens: u32, n_blocks: u32, n_sampled: u32) -> Entry {
+        Entry { slot, start, n_tokens, n_blocks, n_sampled }
+    }
+
+    #[test]
+    fn tables_grow_by_deltas_and_batches_hold_all() {
+        let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
+        tables.apply(&plan(1, &[entry(1, 0, 18, 2, 1)], &[9, 4], &[]), &mut batch).unwrap();
+        assert_eq!(batch.slots[15..], [9 * 16 + 15, 4 * 16, 4 * 16 + 1]);
+        assert_eq!(batch.sample_rows, [17]);
+
+        let both = [entry(1, 18, 1, 0, 1), entry(0, 0, 3, 1, 3)];
+        tables.apply(&plan(2, &both, &[7], &[]), &mut batch).unwrap();
+        assert_eq!(batch.step, 2);
+        assert_eq!(batch.positions, [18, 0, 1, 2]);
+        assert_eq!(batch.slots, [4 * 16 + 2, 7 * 16, 7 * 16 + 1, 7 * 16 + 2]);
+        assert_eq!(batch.block_tables, [9, 4, 7]);
+        let spans = [
+            Span { first_row: 0, n_rows: 1, first_block: 0, n_blocks: 2 },
+            Span { first_row: 1, n_rows: 3, first_block: 2, n_blocks: 1 },
+        ];
+        assert_eq!(batch.spans, spans);
+        assert_eq!(batch.sample_rows, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn a_freed_slot_begins_anew_in_the_same_plan() {
+        let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
+        tables.apply(&plan(1, &[entry(1, 0, 5, 1, 1)], &[9], &[]), &mut batch).unwrap();
+        tables.apply(&plan(2, &[entry(1, 0, 2, 1, 1)], &[3], &[1]), &mut batch).unwrap();
+        assert_eq!(batch.block_tables, [3]);
+    }
+
+    #[test]
+    fn a_plan_that_contradicts_the_tables_is_refused() {
+        let check = |entries: &[Entry], blocks: &[u32], expect: Error| {
+            let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
+            tables.apply(&plan(1, &[entry(1, 0, 18, 2, 1)], &[9, 4], &[]), &mut batch).unwrap();
+            assert_eq!(tables.apply(&plan(2, entries, blocks, &[]), &mut batch), Err(expect));
+        };
+        check(&[entry(1, 17, 1, 0, 1)], &[], Error::Start { slot: 1, at: 18, start: 17 });
+        check(&[entry(0, 1, 1, 1, 1)], &[5], Error::Start { slot: 0, at: 0, start: 1 });
+        let blocks = |got, expected| Error::Blocks { slot: 1, got, n_tokens: 34, expected };
+        check(&[entry(1, 18, 16, 0, 1)], &[], blocks(2, 3));
+        check(&[entry(1, 18, 16, 2, 1)], &[5, 6], blocks(4, 3));
+        let twice = [entry(1, 18, 1, 0, 1), entry(1, 19, 1, 0, 1)];
+        check(&twice, &[], Error::Twice { slot: 1 });
+    }
+}

@@ -1,0 +1,269 @@
+//! The loop of the lead rank: commands in, a plan to all ranks, logits to tokens, tokens out.
+//!
+//! It owns the scheduler and the streams. Commands are looked at between steps only, so nothing
+//! changes under a plan in flight.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use evener_collective::Collective;
+use tokio::sync::mpsc::error::TrySendError;
+
+use super::Error;
+use super::chooser::Chooser;
+use super::handle::{self, Command, Handle, Sink, StreamId};
+use super::output::{End, Event, Load, StepOutput, StreamEnd};
+use super::rank::{LEAD, Rank};
+use super::scheduler::{Committed, Options, Scheduler};
+use super::sequence::{SequenceId, Spec};
+use super::step::{Kind, StepPlan};
+use crate::metrics::Figures;
+
+/// An idle lead sends a plan this often, so that followers know it is there.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);
+/// An idle lead looks this often whether a peer is lost or the epoch aborted.
+const IDLE_SLICE: Duration = Duration::from_millis(50);
+
+/// The lead of a group.
+pub struct Lead {
+    rank: Rank,
+    scheduler: Scheduler,
+    commands: Receiver<Command>,
+    streams: BTreeMap<StreamId, Stream>,
+    owners: HashMap<SequenceId, Owner>,
+    figures: Arc<Figures>,
+    last_plan: Instant,
+    plan: StepPlan,
+    chooser: Chooser,
+    committed: Vec<Committed>,
+}
+
+struct Stream {
+    sink: Sink,
+    live: HashMap<u64, SequenceId>,
+    /// What the next message will say.
+    events: Vec<Event>,
+}
+
+#[derive(Clone, Copy)]
+struct Owner {
+    stream: StreamId,
+    request_id: u64,
+}
+
+impl Lead {
+    /// # Panics
+    /// `rank` is not rank 0, or its limits are not those of `options`.
+    #[must_use]
+    pub fn new(rank: Rank, options: Options, figures: Arc<Figures>) -> (Handle, Self) {
+        assert_eq!(rank.mesh().rank(), LEAD, "the lead is rank 0");
+        assert_eq!(rank.limits(), &options.limits, "one set of limits");
+        let (handle, commands) = handle::channel();
+        let lead = Self {
+            rank,
+            scheduler: Scheduler::new(options),
+            commands,
+            streams: BTreeMap::new(),
+            owners: HashMap::new(),
+            figures,
+            last_plan: Instant::now(),
+            plan: StepPlan::default(),
+            chooser: Chooser::default(),
+            committed: Vec::new(),
+        };
+        lead.figures.set_load(lead.load());
+        (handle, lead)
+    }
+
+    /// Leads until told to leave.
+    ///
+    /// # Errors
+    /// The epoch is over for another reason.
+    pub fn run(&mut self) -> Result<(), Error> {
+        let mut first = None;
+        loop {
+            let arrived = first.take().into_iter();
+            let commands: Vec<Command> = arrived.chain(self.commands.try_iter()).collect();
+            for command in commands {
+                if matches!(command, Command::Leave) {
+                    self.plan.clear();
+                    self.plan.kind = Kind::Leave;
+                    return self.rank.lead(&mut self.plan);
+                }
+                self.take(command);
+            }
+            self.drop_closed_streams();
+            let ran = self.scheduler.schedule(&mut self.plan);
+            if ran {
+                self.step()?;
+            }
+            self.flush();
+            if !ran {
+                first = self.idle()?;
+            }
+        }
+    }
+
+    /// Ends all streams, telling them why. For after the loop: sequences are left as they are, a
+    /// step of theirs may have failed half way.
+    pub fn end_streams(&mut self, reason: &str) {
+        for stream in std::mem::take(&mut self.streams).into_values() {
+            let _ = stream.sink.end.set(StreamEnd::EpochOver { reason: reason.to_owned() });
+        }
+    }
+
+    /// The rank, once the loop has ended.
+    #[must_use]
+    pub fn into_rank(self) -> Rank {
+        self.rank
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Open { stream, sink } => {
+                let opened = Stream { sink, live: HashMap::new(), events: Vec::new() };
+                self.streams.insert(stream, opened);
+            }
+            Command::Submit { stream, request_id, spec } => self.submit(stream, request_id, spec),
+            Command::Cancel { stream, request_id } => {
+                let live = self.streams.get(&stream).and_then(|s| s.live.get(&request_id));
+                if let Some(&id) = live {
+                    self.scheduler.cancel(id);
+                    self.forget(id);
+                }
+            }
+            Command::Leave => unreachable!("the loop looks for it"),
+        }
+    }
+
+    fn submit(&mut self, stream_id: StreamId, request_id: u64, spec: Spec) {
+        let Some(stream) = self.streams.get_mut(&stream_id) else {
+            return; // it ended, and its owner has been told or is gone
+        };
+        if stream.live.contains_key(&request_id) {
+            self.end_stream(stream_id, Some(StreamEnd::RequestIdInUse { request_id }));
+            return;
+        }
+        match self.scheduler.submit(spec) {
+            Ok(id) => {
+                stream.live.insert(request_id, id);
+                self.owners.insert(id, Owner { stream: stream_id, request_id });
+            }
+            Err(refusal) => stream.events.push(Event {
+                request_id,
+                tokens: Vec::new(),
+                prompt_tokens: Vec::new(),
+                end: Some(End::Refused(refusal)),
+            }),
+        }
+    }
+
+    /// One step of all ranks, its tokens into the streams' next messages.
+    fn step(&mut self) -> Result<(), Error> {
+        self.rank.lead(&mut self.plan)?;
+        self.last_plan = Instant::now();
+        self.chooser.choose(&self.rank, &self.scheduler, &self.plan)?;
+        for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
+            if choice.token.is_none() && choice.prompt_tokens.is_empty() {
+                continue;
+            }
+            let id = self.scheduler.scheduled(entry_idx).id;
+            let Owner { stream, request_id } = self.owners[&id];
+            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
+            stream.events.push(Event {
+                request_id,
+                tokens: Vec::from_iter(choice.token),
+                prompt_tokens: choice.prompt_tokens,
+                end: None,
+            });
+        }
+        let mut committed = std::mem::take(&mut self.committed);
+        self.scheduler.commit(&self.plan, &self.chooser.tokens, &mut committed);
+        self.figures.stepped(committed.len() as u64);
+        for Committed { id, finish, .. } in committed.drain(..) {
+            let Some(finish) = finish else { continue };
+            let Owner { stream, request_id } = self.owners[&id];
+            self.forget(id);
+            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
+            let mut events = stream.events.iter_mut().rev();
+            let event = events.find(|event| event.request_id == request_id);
+            event.expect("it has just got a token").end = Some(End::Finished(finish));
+        }
+        self.committed = committed;
+        Ok(())
+    }
+
+    /// Heartbeat if due; then waits a little for a command, watching the peers.
+    fn idle(&mut self) -> Result<Option<Command>, Error> {
+        if self.last_plan.elapsed() >= HEARTBEAT {
+            self.plan.clear();
+            self.rank.lead(&mut self.plan)?;
+            self.last_plan = Instant::now();
+        }
+        self.rank.mesh_mut().check()?;
+        Ok(self.commands.recv_timeout(IDLE_SLICE).ok())
+    }
+
+    /// Sends what there is to say. Never waits: a reader that lags too far loses its stream.
+    fn flush(&mut self) {
+        let load = self.load();
+        self.figures.set_load(load);
+        let mut ended = Vec::new();
+        for (&stream_id, stream) in &mut self.streams {
+            if stream.events.is_empty() {
+                continue;
+            }
+            let output = StepOutput { events: std::mem::take(&mut stream.events), load };
+            match stream.sink.outputs.try_send(output) {
+                Ok(()) => {}
+                Err(TrySendError::Full(_)) => {
+                    let n_outputs = stream.sink.outputs.max_capacity();
+                    ended.push((stream_id, Some(StreamEnd::Slow { n_outputs })));
+                }
+                Err(TrySendError::Closed(_)) => ended.push((stream_id, None)),
+            }
+        }
+        for (stream, reason) in ended {
+            self.end_stream(stream, reason);
+        }
+    }
+
+    fn drop_closed_streams(&mut self) {
+        let is_closed = |stream: &Stream| stream.sink.outputs.is_closed();
+        while let Some(id) = self.streams.iter().find(|(_, s)| is_closed(s)).map(|(&id, _)| id) {
+            self.end_stream(id, None);
+        }
+    }
+
+    /// Cancels the sequences of a stream and lets go of it.
+    fn end_stream(&mut self, stream: StreamId, reason: Option<StreamEnd>) {
+        let Some(stream) = self.streams.remove(&stream) else { return };
+        for id in stream.live.into_values() {
+            self.scheduler.cancel(id);
+            self.owners.remove(&id);
+        }
+        if let Some(reason) = reason {
+            // Before the sender is dropped, so that whoever sees the end finds the reason.
+            let _ = stream.sink.end.set(reason);
+        }
+    }
+
+    fn forget(&mut self, id: SequenceId) {
+        if let Some(Owner { stream, request_id }) = self.owners.remove(&id)
+            && let Some(stream) = self.streams.get_mut(&stream)
+        {
+            stream.live.remove(&request_id);
+        }
+    }
+
+    fn load(&self) -> Load {
+        Load {
+            n_running: self.scheduler.n_running() as u32,
+            n_waiting: self.scheduler.n_waiting() as u32,
+            kv_blocks_free: self.scheduler.kv().n_available(),
+            kv_blocks_total: self.scheduler.kv().n_total(),
+        }
+    }
+}

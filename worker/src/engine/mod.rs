@@ -1,0 +1,41 @@
+//! The loop of a rank, on its own OS thread: schedule, run, commit. No async from here down.
+//!
+//! The lead (rank 0) knows sequences, KV blocks and steps; a follower does what each plan says. Any
+//! error ends the epoch: it is returned to the session, never repaired here.
+
+pub mod batch;
+mod chooser;
+pub mod follower;
+pub mod handle;
+pub mod kv_blocks;
+pub mod lead;
+pub mod output;
+pub mod probe;
+pub mod rank;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+pub mod step;
+
+pub use handle::{Handle, Outputs, Requests};
+pub use lead::Lead;
+pub use rank::Rank;
+
+/// Why an epoch ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Backend(#[from] crate::backend::Error),
+    #[error(transparent)]
+    Collective(#[from] evener_collective::Error),
+    #[error("the lead sent no step plan: {0}")]
+    Plan(#[from] step::Error),
+    #[error("the lead's step plan does not fit what came before: {0}")]
+    Batch(#[from] batch::Error),
+    #[error(transparent)]
+    Sampler(#[from] sampler::Error),
+    #[error("the lead sent {what} {got}; {expected} was due")]
+    OutOfStep { what: &'static str, got: u64, expected: u64 },
+    #[error("rank {rank} sent {got} logits; {expected} were due")]
+    Logits { rank: usize, got: usize, expected: usize },
+}

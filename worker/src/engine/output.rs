@@ -1,0 +1,58 @@
+//! What a lead tells a stream: one message per step, for all of the stream's sequences.
+
+use super::scheduler::Refusal;
+use super::sequence::Finish;
+
+/// What one step did to the sequences of one stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepOutput {
+    pub events: Vec<Event>,
+    pub load: Load,
+}
+
+/// What one step did to one sequence. After `end` no event names it again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    pub request_id: u64,
+    pub tokens: Vec<TokenOut>,
+    /// Positions 1.. of the prompt, if asked for; in order, over one or more events.
+    pub prompt_tokens: Vec<TokenOut>,
+    pub end: Option<End>,
+}
+
+/// How a sequence ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    Finished(Finish),
+    Refused(Refusal),
+}
+
+/// A token, and its log-probability if asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenOut {
+    pub id: u32,
+    /// Natural, of the unmodified distribution.
+    pub logprob: Option<f32>,
+    /// The likeliest, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// How busy a group is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    pub n_running: u32,
+    pub n_waiting: u32,
+    pub kv_blocks_free: u32,
+    pub kv_blocks_total: u32,
+}
+
+/// Why a stream gets no more outputs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StreamEnd {
+    #[error("the epoch ended: {reason}")]
+    EpochOver { reason: String },
+    #[error("{n_outputs} outputs were not read in time; the stream's sequences were cancelled")]
+    Slow { n_outputs: usize },
+    #[error("request id {request_id} is in use on this stream")]
+    RequestIdInUse { request_id: u64 },
+}
