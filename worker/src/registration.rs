@@ -89,7 +89,7 @@ impl Place {
         let endpoint = |part: &str| {
             let (host, port) = part.rsplit_once(':').ok_or_else(bad)?;
             let port = port.parse::<u16>().map_err(|_| bad())?;
-            let known = !host.is_empty() && !host.contains(['/', '@', ' ']) && port != 0;
+            let known = !host.is_empty() && !host.contains(['/', '@', ' ', ',']) && port != 0;
             let usable = Endpoint::from_shared(format!("http://{part}")).is_ok();
             if known && usable { Ok(Address(part.to_owned())) } else { Err(bad()) }
         };
