@@ -85,6 +85,10 @@ impl Rig {
         }
     }
 
+    pub fn url(&self) -> String {
+        self.url_at(self.address)
+    }
+
     pub fn url_at(&self, address: SocketAddr) -> String {
         match self.kind {
             Kind::Etcd => format!("etcd://{address}"),

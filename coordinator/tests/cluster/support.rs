@@ -93,6 +93,18 @@ impl Coordinator {
         }
     }
 
+    /// Starts once the address of its registry is free: who was killed there may still be going.
+    pub async fn start_when_free(options: cluster::Options) -> Self {
+        let Place::Embedded { listen } = options.registry else { panic!("no address to wait for") };
+        let free = async {
+            while tokio::net::TcpListener::bind(listen).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, free).await.expect("the address becomes free");
+        Self::start(options).await
+    }
+
     /// With a registry of its own.
     pub async fn embedded(deployments: Vec<Deployment>) -> Self {
         let listen = "127.0.0.1:0".parse().unwrap();
