@@ -1,6 +1,14 @@
 //! The supervisor among scripted workers: groups are formed, followed, retired, formed again, and taken over.
 
-use evener_coordinator::config::Place;
+use std::sync::Arc;
+use std::time::Duration;
+
+use evener_coordinator::cluster;
+use evener_coordinator::config::{Options, Place};
+use evener_coordinator::group::handle::Directory;
+use evener_coordinator::run;
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 use crate::rig::{Kind, Rig};
 use crate::support::{Coordinator, MODEL, deployment, options, until};
@@ -273,4 +281,72 @@ async fn epochs_go_on_from_what_workers_serve_when_an_embedded_registry_starts_a
     let third = coordinator.ready("a group again", |_| true).await;
     assert!(third.epoch > second.epoch, "{} after {}", third.epoch, second.epoch);
     assert_eq!(joins(&worker), [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_lost_lease_costs_a_group_its_member_only_if_the_worker_stays_away() {
+    let rig = Rig::start(Kind::EmbeddedGrpc).await;
+    let proxy = rig.proxy().await;
+    let mut options = options(Place::parse(&rig.url()).unwrap());
+    options.deployments = vec![deployment(None, &[])];
+    options.supervisor.linger = Duration::from_secs(4);
+    let mut coordinator = Coordinator::start(options).await;
+    let at = "127.0.0.1:0".parse().unwrap();
+    let _w0 = ScriptedWorker::start_at("w0", &rig.url(), Manner::Ready, at).await;
+    let url = rig.url_at(proxy.address);
+    let mut w1 = ScriptedWorker::start_at("w1", &url, Manner::Ready, at).await;
+    let first = coordinator.ready("a group of both", |group| group.world_size == 2).await;
+    let listed =
+        |n: usize| move |page: &Arc<Value>| (page["workers"].as_array()?.len() == n).then_some(());
+    proxy.cut();
+    until("its lease to end", &mut coordinator.status, listed(1)).await;
+    proxy.mend();
+    until("it to register again", &mut coordinator.status, listed(2)).await;
+    assert_eq!(coordinator.directory.borrow().groups[0].epoch, first.epoch, "nothing was lost");
+    assert_eq!(joins(&w1), [first.epoch.get()]);
+    proxy.cut();
+    let second = coordinator.ready("a group of one", |group| group.world_size == 1).await;
+    assert!(second.epoch > first.epoch);
+    let epoch = first.epoch.get();
+    w1.called("to leave", |call| *call == Call::Leave { epoch }).await;
+}
+
+#[tokio::test]
+async fn a_coordinator_drains_its_requests_before_it_leaves_the_cluster() {
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let mut options = Options { http_listen: listen, cluster: options(Place::Embedded { listen }) };
+    options.cluster.deployments = vec![deployment(None, &[])];
+    let coordinator = run::Coordinator::start(options).await.unwrap();
+    assert_ne!(coordinator.http_address().port(), 0);
+    let registry = coordinator.registry_address().unwrap().to_string();
+    let _worker = ScriptedWorker::start("w0", &registry).await;
+    let shutdown = CancellationToken::new();
+    let serve = async |mut serving: run::Serving| {
+        let ready = |directory: &Arc<Directory>| (!directory.groups.is_empty()).then_some(());
+        until("a group", &mut serving.directory, ready).await;
+        shutdown.cancel();
+        serving.shutdown.cancelled().await;
+        // Still there for what runs.
+        serving.directory.borrow().groups.len()
+    };
+    let n_groups = coordinator.run(serve, shutdown.clone()).await;
+    assert_eq!(n_groups, 1);
+}
+
+#[tokio::test]
+async fn what_cannot_be_is_refused_at_start_in_a_sentence() {
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let mut bad_shares = options(Place::Embedded { listen });
+    bad_shares.deployments = vec![deployment(Some(3), &[2, 1])];
+    let error = cluster::start(bad_shares, CancellationToken::new()).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the deployment of tiny cannot be: deployment has shares [2, 1] for a world size of 3; \
+         give one share for each rank, or none"
+    );
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = taken.local_addr().unwrap();
+    let in_use = options(Place::Embedded { listen });
+    let error = cluster::start(in_use, CancellationToken::new()).await.unwrap_err();
+    assert!(error.to_string().starts_with(&format!("cannot listen on {listen}")), "{error}");
 }

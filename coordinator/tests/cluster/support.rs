@@ -60,6 +60,7 @@ pub fn options(registry: Place) -> cluster::Options {
     options.supervisor.placement.settle = Duration::from_millis(200);
     options.supervisor.backoff_min = Duration::from_millis(20);
     options.supervisor.backoff_max = Duration::from_millis(500);
+    options.supervisor.linger = Duration::from_secs(1);
     options.supervisor.member = member::Options {
         connect_timeout: Duration::from_secs(1),
         leave_timeout: Duration::from_secs(1),
@@ -74,21 +75,18 @@ pub struct Coordinator {
     pub directory: watch::Receiver<Arc<Directory>>,
     pub status: watch::Receiver<Arc<serde_json::Value>>,
     pub handles: Handles,
-    pub shutdown: CancellationToken,
     runtime: Option<Runtime>,
 }
 
 impl Coordinator {
     pub async fn start(options: cluster::Options) -> Self {
         let runtime = runtime();
-        let shutdown = CancellationToken::new();
-        let started = runtime.spawn(cluster::start(options, shutdown.clone()));
+        let started = runtime.spawn(cluster::start(options, CancellationToken::new()));
         let handles = started.await.unwrap().unwrap();
         Self {
             directory: handles.directory.clone(),
             status: handles.status.clone(),
             handles,
-            shutdown,
             runtime: Some(runtime),
         }
     }
