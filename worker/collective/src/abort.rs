@@ -1,7 +1,7 @@
 //! Ending a collective from outside its thread, and the bell that wakes it.
 //!
-//! Each mesh has one bell, an eventfd. Whoever aborts rings it, and so do ranks that are threads of the
-//! same process when they have moved bytes of a sleeping rank.
+//! Each mesh has one bell, an eventfd. Whoever aborts rings it, and so do ranks that are threads of
+//! the same process when they have moved bytes of a sleeping rank.
 
 use crate::Error;
 use crate::poll;
@@ -55,11 +55,7 @@ struct Shared {
 impl AbortHandle {
     pub fn new() -> Result<Self, Error> {
         let bell = Arc::new(Bell::new()?);
-        Ok(Self(Arc::new(Shared {
-            set: AtomicBool::new(false),
-            reason: Mutex::default(),
-            bell,
-        })))
+        Ok(Self(Arc::new(Shared { set: AtomicBool::new(false), reason: Mutex::default(), bell })))
     }
 
     /// The first reason stays; later calls change nothing.

@@ -2,7 +2,8 @@
 
 /// The bytes of `numbers`.
 pub(crate) fn of(numbers: &[f32]) -> &[u8] {
-    // SAFETY: every f32 is four initialised bytes, u8 has no alignment, and the lifetime is the same.
+    // SAFETY: every f32 is four initialised bytes, u8 has no alignment, and the lifetime is the
+    // same.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }
 

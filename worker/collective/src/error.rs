@@ -8,8 +8,8 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{kind} of step {} op {} waited {} ms for ranks {peers:?}; they stall, or the step deadline is \
-         too short",
+        "{kind} of step {} op {} waited {} ms for ranks {peers:?}; they stall, or the step \
+         deadline is too short",
         tag.step, tag.op, waited.as_millis()
     )]
     Timeout { kind: Kind, tag: Tag, waited: Duration, peers: Vec<usize> },
@@ -23,7 +23,9 @@ pub enum Error {
     #[error("rank {peer} sent {field} {got} where {expected} was due; the ranks are out of step")]
     Mismatch { field: &'static str, expected: u64, got: u64, peer: usize },
 
-    #[error("rank {peer} wants to send {bytes} bytes; the bound is {max}, in whole units of {unit}")]
+    #[error(
+        "rank {peer} wants to send {bytes} bytes; the bound is {max}, in whole units of {unit}"
+    )]
     BadLength { peer: usize, bytes: u64, max: usize, unit: usize },
 
     #[error("{bytes} bytes to send; max_message_bytes is {max}")]

@@ -1,9 +1,11 @@
-//! The header on every message, and its check: a rank that is out of step is an error, never a hang.
+//! The header on every message, and its check: a rank that is out of step is an error, never a
+//! hang.
 
 use crate::{Error, Tag};
 use std::fmt;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EvNc");
+const BYE: u32 = u32::from_le_bytes(*b"EvBy");
 
 /// What a message is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +54,14 @@ pub(crate) enum Expect {
 impl Head {
     pub const BYTES: usize = 40;
 
+    /// What a rank says that leaves after its last operation, so that peers which are still in
+    /// theirs do not take it for lost.
+    pub fn bye() -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[0..4].copy_from_slice(&BYE.to_le_bytes());
+        bytes
+    }
+
     pub fn encode(&self, sender: usize, len: usize) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
@@ -76,6 +86,9 @@ impl Head {
             wide[..n].copy_from_slice(&bytes[from..from + n]);
             u64::from_le_bytes(wide)
         };
+        if number(0, 4) == u64::from(BYE) {
+            return Err(Error::PeerLost { peer, detail: "it has left the group".into() });
+        }
         let due = [
             ("magic", MAGIC.into(), number(0, 4)),
             ("epoch", self.epoch, number(8, 8)),

@@ -1,7 +1,8 @@
 //! How the ranks of a group meet: the contract `Collective`, its options, errors and figures.
 //!
-//! `Mesh` is the one implementation: algorithms written once over a link to each peer (`local`, `shm`
-//! or `tcp`). The engine thread calls it; nothing here is async, and no wait is without a deadline.
+//! `Mesh` is the one implementation: algorithms written once over a link to each peer (`local`,
+//! `shm` or `tcp`). The engine thread calls it; nothing here is async, and no wait is without a
+//! deadline.
 
 mod abort;
 mod bytes;
@@ -13,6 +14,7 @@ mod hello;
 mod history;
 mod link;
 mod mesh;
+mod payload;
 mod poll;
 mod reduce;
 mod rendezvous;
@@ -44,16 +46,16 @@ pub struct Tag {
 
 /// What the ranks of one epoch do together.
 ///
-/// Every operation has a deadline. After any error every later operation fails with that first error,
-/// and the links are closed so that the peers fail promptly too. Buffers of the wrong size are a bug of
-/// the caller and panic.
+/// Every operation has a deadline. After any error every later operation fails with that first
+/// error, and the links are closed so that the peers fail promptly too. Buffers of the wrong size
+/// are a bug of the caller and panic.
 pub trait Collective: Send {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
     fn epoch(&self) -> u64;
 
-    /// Sum over canonical chunks, in the order the plan fixes: the same bits on every rank, whatever
-    /// the split. `parts`: [plan.n_parts(rank)][out.len()], f32; `out` is overwritten.
+    /// Sum over canonical chunks, in the order the plan fixes: the same bits on every rank,
+    /// whatever the split. `parts`: [plan.n_parts(rank)][out.len()], f32; `out` is overwritten.
     fn all_reduce(
         &mut self,
         tag: Tag,
@@ -62,12 +64,12 @@ pub trait Collective: Send {
         out: &mut [f32],
     ) -> Result<(), Error>;
 
-    /// Every rank's bytes, to every rank. `out` gets one entry a rank; sizes may differ, none may pass
-    /// `Options::max_message_bytes`.
+    /// Every rank's bytes, to every rank. `out` gets one entry a rank; sizes may differ, none may
+    /// pass `Options::max_message_bytes`.
     fn all_gather(&mut self, tag: Tag, mine: &[u8], out: &mut Vec<Vec<u8>>) -> Result<(), Error>;
 
-    /// Every rank's numbers, to the root only. The root's `out` has one entry a rank, resized to what
-    /// that rank sent; `out` of the others is left alone and may be empty.
+    /// Every rank's numbers, to the root only. The root's `out` has one entry a rank, resized to
+    /// what that rank sent; `out` of the others is left alone and may be empty.
     fn gather(
         &mut self,
         tag: Tag,
@@ -76,8 +78,8 @@ pub trait Collective: Send {
         out: &mut [Vec<f32>],
     ) -> Result<(), Error>;
 
-    /// The root's bytes, to all. A follower waits up to `wait` for it to begin, parked, so an idle group
-    /// may wait long; once begun the step deadline holds. The root does not look at `wait`.
+    /// The root's bytes, to all. A follower waits up to `wait` for it to begin, parked, so an idle
+    /// group may wait long; once begun the step deadline holds. The root does not look at `wait`.
     fn broadcast(
         &mut self,
         tag: Tag,
@@ -101,6 +103,9 @@ pub trait Collective: Send {
     /// "self", "local", "shm" or "tcp", by peer rank.
     fn links(&self) -> Vec<&'static str>;
 
+    /// The last 4096 operations, oldest first: for the log after an abort.
+    fn history(&self) -> Vec<Record>;
+
     /// What happened since the last call.
     fn take_stats(&mut self) -> Stats;
 }
@@ -114,11 +119,13 @@ pub struct Options {
     pub join_timeout: Duration,
     /// Whether a wait begins by spinning; false where ranks outnumber cores.
     pub spin: bool,
-    /// An all-reduce in which a rank would send more than this is done in two shots (world size > 2).
+    /// An all-reduce in which a rank would send more than this is done in two shots (world size >
+    /// 2).
     pub two_shot_bytes: usize,
     /// Bound on what one rank may send where the receiver cannot know the size beforehand.
     pub max_message_bytes: usize,
-    /// Capacity of each direction of a local or shm link; rounded up to a power of two, at least 4 KiB.
+    /// Capacity of each direction of a local or shm link; rounded up to a power of two, at least 4
+    /// KiB.
     pub ring_bytes: usize,
 }
 

@@ -1,8 +1,10 @@
 //! The fixed order in which canonical chunks are summed, and what each rank adds where (pure).
 //!
-//! A sum in f32 depends on its order. The tree fixes one, whoever owns which leaves: a rank that owns a
-//! whole subtree sends its one sum, and the ranks' parts are combined by what is left of the tree.
+//! A sum in f32 depends on its order. The tree fixes one, whoever owns which leaves: a rank that
+//! owns a whole subtree sends its one sum, and the ranks' parts are combined by what is left of the
+//! tree.
 
+use std::iter;
 use std::ops::Range;
 
 /// A binary tree over leaves `0..n_leaves`; the value of a node is left + right, in f32.
@@ -83,8 +85,9 @@ impl SumTree {
         }
     }
 
-    /// How to sum the subtree that covers exactly `part` with a stack: push each leaf in order, and after
-    /// the i-th do this, result[i] times: pop right, pop left, push left + right. One value is left.
+    /// How to sum the subtree that covers exactly `part` with a stack: push each leaf in order, and
+    /// after the i-th do this, result[i] times: pop right, pop left, push left + right. One value
+    /// is left.
     ///
     /// Panics if no subtree covers exactly `part`.
     pub fn merges(&self, part: Range<usize>) -> Vec<u8> {
@@ -96,12 +99,7 @@ impl SumTree {
     }
 
     /// Post-order below `node`, stopping at nodes for which `is_given`.
-    fn collect_merges(
-        &self,
-        node: usize,
-        is_given: &dyn Fn(&Node) -> bool,
-        merges: &mut Vec<u8>,
-    ) {
+    fn collect_merges(&self, node: usize, is_given: &dyn Fn(&Node) -> bool, merges: &mut Vec<u8>) {
         let children = self.nodes[node].children.filter(|_| !is_given(&self.nodes[node]));
         let Some([left, right]) = children else {
             return merges.push(0);
@@ -119,7 +117,8 @@ pub(crate) enum Operand {
     Slot(usize),
 }
 
-/// slot[into] = left + right. A slot operand on the left is slot `into` itself, on the right `into + 1`.
+/// slot[into] = left + right. A slot operand on the left is slot `into` itself, on the right `into
+/// + 1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Add {
     pub into: usize,
@@ -137,8 +136,8 @@ pub struct ReducePlan {
 }
 
 impl ReducePlan {
-    /// The ranges are contiguous, in rank order, and cover all leaves; some may be empty. Panics if not:
-    /// whoever cuts shards guarantees it.
+    /// The ranges are contiguous, in rank order, and cover all leaves; some may be empty. Panics if
+    /// not: whoever cuts shards guarantees it.
     pub fn new(tree: &SumTree, ranges_by_rank: &[Range<usize>]) -> Self {
         let mut end = 0;
         for range in ranges_by_rank.iter().filter(|range| !range.is_empty()) {
@@ -150,7 +149,11 @@ impl ReducePlan {
             ranges_by_rank.iter().map(|range| tree.parts(range.clone())).collect();
         let given: Vec<&Range<usize>> = parts.iter().flatten().collect();
         let is_given = |node: &Node| {
-            given.binary_search_by_key(&(node.leaves.start, node.leaves.end), |part| (part.start, part.end)).is_ok()
+            given
+                .binary_search_by_key(&(node.leaves.start, node.leaves.end), |part| {
+                    (part.start, part.end)
+                })
+                .is_ok()
         };
         let mut merges = Vec::with_capacity(given.len());
         tree.collect_merges(tree.root(), &is_given, &mut merges);
@@ -160,7 +163,7 @@ impl ReducePlan {
     /// One part a rank, summed in rank order: for sums in which only one rank's value is not zero.
     pub fn any_order(world_size: usize) -> Self {
         assert!(world_size > 0, "a group has at least one rank");
-        let parts = (0..world_size).map(|rank| vec![rank..rank + 1]).collect();
+        let parts = (0..world_size).map(|rank| iter::once(rank..rank + 1).collect()).collect();
         let merges: Vec<u8> = (0..world_size).map(|rank| u8::from(rank > 0)).collect();
         Self::compile(parts, &merges)
     }
@@ -230,6 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init)] // one range is what is meant
     fn parts_are_the_maximal_subtrees_of_a_range() {
         let check = |tree: &SumTree, range: Range<usize>, expected: &[Range<usize>]| {
             assert_eq!(tree.parts(range.clone()), expected, "{range:?}");

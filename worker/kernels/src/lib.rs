@@ -1,5 +1,29 @@
-//! Kernels of the CPU backend and the weight formats they read. The only home of SIMD.
+//! Kernels of the CPU backend, the weight formats they read and the thread pool they run on. The
+//! only home of SIMD. No dependency on the rest of Evener, no I/O.
 //!
-//! No dependency on the rest of Evener, no threads of its own, no I/O.
+//! Every result is a function of its own row and the weights: the sequence of float operations of an
+//! output element does not depend on the batch, the number of threads or the instruction set. Tests
+//! compare bits.
+
+// Lanes and rows of several arrays are walked together by one index, and inner loops take what they
+// work on as arguments.
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 
 pub mod quant;
+
+pub mod activation;
+pub mod attention;
+pub mod elementwise;
+pub mod isa;
+pub mod linear;
+pub mod matrix;
+pub mod norm;
+pub mod pool;
+pub mod rope;
+
+mod lanes;
+mod math;
+
+pub use isa::Isa;
+pub use matrix::Matrix;
+pub use pool::Pool;

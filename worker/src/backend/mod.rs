@@ -3,7 +3,15 @@
 //! `cpu` is ours and fast; `reference` is candle, slow and obvious. A backend knows tensors and its
 //! rank; it does not know requests, sampling or the network beyond the collective it is handed.
 
+use std::ops::ControlFlow;
+
 use evener_collective::Collective;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::model::program::Program;
+
+mod cpu;
+mod reference;
 
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
@@ -101,6 +109,38 @@ pub trait Backend: Send {
 
     /// Logits of the last run: `[S, own vocabulary rows]`, f32.
     fn logits(&self) -> &[f32];
+}
+
+/// Hears of bytes done and bytes in total while weights load; may stop it.
+pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
+
+/// Reads a rank's slices into the device's form. `progress(done, total)` counts bytes of the file and
+/// may stop the loading.
+///
+/// # Errors
+/// What is wrong with the checkpoint, or a stop asked for.
+pub fn load(
+    kind: Kind,
+    checkpoint: &Checkpoint,
+    program: Program,
+    options: &Options,
+    progress: &mut Progress<'_>,
+) -> Result<Box<dyn Loaded>, LoadError> {
+    match kind {
+        Kind::Cpu => Ok(Box::new(cpu::load(checkpoint, program, options, progress)?)),
+        Kind::Reference => reference::load(checkpoint, program, progress),
+    }
+}
+
+/// Why weights could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    #[error("loading was stopped")]
+    Stopped,
+    #[error("the device failed: {reason}")]
+    Device { reason: String },
 }
 
 /// Why a step failed.

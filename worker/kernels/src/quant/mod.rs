@@ -99,3 +99,7 @@ impl Format {
         }
     }
 }
+
+pub(crate) mod f32_tile;
+pub(crate) mod q4_1;
+pub(crate) mod q8_0;

@@ -1,0 +1,228 @@
+//! The linear kernels against plain f64 arithmetic, and against themselves: the same bits on every
+//! instruction set, with any number of threads, in any batch and over any split of the columns.
+#![allow(clippy::unwrap_used)]
+
+use evener_kernels::activation::Activation;
+use evener_kernels::linear::{Input, Projection, Sum, linear, linear_parts};
+use evener_kernels::matrix::Source;
+use evener_kernels::quant::Format;
+use evener_kernels::{Isa, Matrix, Pool};
+use half::f16;
+
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u32 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    fn float(&mut self) -> f32 {
+        self.next() as f32 / (1u32 << 30) as f32 - 1.0
+    }
+}
+
+/// A random matrix in a file's layout, with its columns from `first` on visible.
+struct Random {
+    format: Format,
+    rows: Vec<Vec<u8>>,
+    first: usize,
+}
+
+impl Random {
+    fn new(format: Format, rows: usize, columns: usize) -> Self {
+        let mut noise = Noise(rows as u64 * 31 + columns as u64);
+        let rows = (0..rows)
+            .map(|_| {
+                (0..columns / format.block_len()).flat_map(|_| block(format, &mut noise)).collect()
+            })
+            .collect();
+        Self { format, rows, first: 0 }
+    }
+
+    fn weight(&self, row: usize, column: usize) -> f64 {
+        let block = &self.rows[row][column / self.format.block_len() * self.format.block_bytes()..];
+        let half = |at: usize| f64::from(f16::from_le_bytes([block[at], block[at + 1]]).to_f32());
+        let k = column % self.format.block_len();
+        match self.format {
+            Format::Q4_1 => {
+                let byte = block[4 + k % 16];
+                half(0) * f64::from(if k < 16 { byte & 15 } else { byte >> 4 }) + half(2)
+            }
+            Format::Q8_0 => half(0) * f64::from(block[2 + k] as i8),
+            Format::F32 => f64::from(f32::from_le_bytes(block[..4].try_into().unwrap())),
+            other => panic!("no plain reading of {other:?} in this test"),
+        }
+    }
+}
+
+fn block(format: Format, noise: &mut Noise) -> Vec<u8> {
+    let half = |noise: &mut Noise| f16::from_f32(noise.float() * 0.1).to_le_bytes();
+    let bytes =
+        |noise: &mut Noise, n: usize| (0..n).map(|_| noise.next() as u8).collect::<Vec<_>>();
+    match format {
+        Format::Q4_1 => [&half(noise)[..], &half(noise), &bytes(noise, 16)].concat(),
+        Format::Q8_0 => [&half(noise)[..], &bytes(noise, 32)].concat(),
+        Format::F32 => noise.float().to_le_bytes().to_vec(),
+        other => panic!("no random blocks of {other:?} in this test"),
+    }
+}
+
+impl Source for Random {
+    fn format(&self) -> Format {
+        self.format
+    }
+
+    fn row_blocks(&self, row: usize) -> Option<&[u8]> {
+        Some(&self.rows[row][self.first / self.format.block_len() * self.format.block_bytes()..])
+    }
+
+    fn row_f32(&self, row: usize, out: &mut [f32]) {
+        for (k, out) in out.iter_mut().enumerate() {
+            *out = self.weight(row, self.first + k) as f32;
+        }
+    }
+}
+
+const FORMATS: [Format; 3] = [Format::Q4_1, Format::Q8_0, Format::F32];
+const ROWS: usize = 40; // two whole tiles and a half one
+const COLUMNS: usize = 384;
+const TOKENS: usize = 19; // two full passes of eight, and three
+
+fn input(tokens: usize) -> Vec<f32> {
+    let mut noise = Noise(7);
+    (0..tokens * COLUMNS).map(|_| noise.float()).collect()
+}
+
+fn multiply(isa: Isa, n_threads: usize, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+    let rows = x.len() / COLUMNS;
+    let mut out = vec![f32::NAN; rows * matrix.rows()];
+    let mut scratch = Activation::with_capacity(x.len());
+    let input = Input { x, rows, columns: COLUMNS, scratch: &mut scratch };
+    let mut pool = Pool::new(n_threads, false);
+    linear(&mut pool, isa, input, &mut [Projection { weight: matrix, out: &mut out }]);
+    out
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn products_are_those_of_plain_arithmetic_up_to_the_int8_step() {
+    let x = input(TOKENS);
+    for format in FORMATS {
+        let random = Random::new(format, ROWS, COLUMNS);
+        let matrix = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
+        let out = multiply(Isa::detect(), 1, &matrix, &x);
+        for (token, x) in x.chunks(COLUMNS).enumerate() {
+            for row in 0..ROWS {
+                let weights: Vec<f64> = (0..COLUMNS).map(|k| random.weight(row, k)).collect();
+                let want: f64 = weights.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum();
+                // Each activation is off by at most half a step of 1/127 of its block's maximum (<= 1).
+                let step = if matrix.is_quantised() { 0.5 / 127.0 } else { 1e-6 };
+                let bound = weights.iter().map(|w| w.abs()).sum::<f64>() * step + 1e-4;
+                let got = f64::from(out[token * ROWS + row]);
+                assert!(
+                    (got - want).abs() <= bound,
+                    "{format:?} {token} {row}: {got} {want} {bound}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_batch_threads_or_instruction_set() {
+    let x = input(TOKENS);
+    for format in FORMATS {
+        let matrix = Matrix::pack(ROWS, COLUMNS, &Random::new(format, ROWS, COLUMNS), &mut |_| ());
+        let alone: Vec<f32> =
+            x.chunks(COLUMNS).flat_map(|x| multiply(Isa::Portable, 1, &matrix, x)).collect();
+        for isa in Isa::available() {
+            for n_threads in [1, 2, 3] {
+                let batch = multiply(isa, n_threads, &matrix, &x);
+                assert_eq!(bits(&batch), bits(&alone), "{format:?} {isa:?} {n_threads}");
+            }
+        }
+    }
+}
+
+/// Balanced over 6 leaves of 64 columns: ((0 1) 2) ((3 4) 5), by hand.
+const MERGES: [u8; 6] = [0, 1, 1, 0, 1, 2];
+
+#[test]
+fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
+    let x = input(TOKENS);
+    for format in FORMATS {
+        let mut random = Random::new(format, ROWS, COLUMNS);
+        let whole = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
+        let mut want = vec![0.0; TOKENS * ROWS];
+        let mut scratch = Activation::with_capacity(x.len());
+        let mut pool = Pool::new(2, false);
+        linear_parts(
+            &mut pool,
+            Isa::detect(),
+            Input { x: &x, rows: TOKENS, columns: COLUMNS, scratch: &mut scratch },
+            Projection { weight: &whole, out: &mut want },
+            &Sum { leaf_columns: 64, part_leaves: &[6], merges: &MERGES },
+        );
+        // The right half on another rank, whose columns begin at 192; and the left half as two parts.
+        random.first = 192;
+        let right = Matrix::pack(ROWS, 192, &random, &mut |_| ());
+        let halves: Vec<Vec<f32>> = (0..2)
+            .map(|h| x.chunks(COLUMNS).flat_map(|x| x[h * 192..(h + 1) * 192].to_vec()).collect())
+            .collect();
+        let mut sum_right = vec![0.0; TOKENS * ROWS];
+        linear_parts(
+            &mut pool,
+            Isa::Portable,
+            Input { x: &halves[1], rows: TOKENS, columns: 192, scratch: &mut scratch },
+            Projection { weight: &right, out: &mut sum_right },
+            &Sum { leaf_columns: 64, part_leaves: &[3], merges: &[0, 1, 1] },
+        );
+        random.first = 0;
+        for row in &mut random.rows {
+            row.truncate(192 / format.block_len() * format.block_bytes());
+        }
+        let left = Matrix::pack(ROWS, 192, &random, &mut |_| ());
+        let mut parts_left = vec![0.0; 2 * TOKENS * ROWS];
+        linear_parts(
+            &mut pool,
+            Isa::detect(),
+            Input { x: &halves[0], rows: TOKENS, columns: 192, scratch: &mut scratch },
+            Projection { weight: &left, out: &mut parts_left },
+            &Sum { leaf_columns: 64, part_leaves: &[2, 1], merges: &[0, 1, 0] },
+        );
+        let (first, second) = parts_left.split_at(TOKENS * ROWS);
+        let sum: Vec<f32> =
+            (0..sum_right.len()).map(|i| (first[i] + second[i]) + sum_right[i]).collect();
+        assert_eq!(bits(&sum), bits(&want), "{format:?}");
+    }
+}
+
+#[test]
+fn rows_read_back_as_the_file_has_them() {
+    for format in FORMATS {
+        let random = Random::new(format, ROWS, COLUMNS);
+        let matrix = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
+        let mut out = vec![0.0; COLUMNS];
+        for row in [0, 15, 16, 39] {
+            matrix.dequantise_row(row, &mut out);
+            for (k, &got) in out.iter().enumerate() {
+                let want = random.weight(row, k);
+                assert!((f64::from(got) - want).abs() < 1e-6, "{format:?} {row} {k}: {got} {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_activation_reaches_the_output() {
+    let mut x = input(1);
+    x[100] = f32::NAN;
+    let matrix =
+        Matrix::pack(ROWS, COLUMNS, &Random::new(Format::Q4_1, ROWS, COLUMNS), &mut |_| ());
+    assert!(multiply(Isa::detect(), 1, &matrix, &x).iter().all(|v| v.is_nan()));
+}

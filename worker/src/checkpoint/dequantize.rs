@@ -1,0 +1,156 @@
+//! Blocks of bytes to f32, one row at a time: plain and safe, for tables, vectors and checks. The fast
+//! kernels have their own layouts; candle's formulas agree with these bit by bit (tests).
+//!
+//! Layouts are ggml's (`ggml-common.h`); d is a block's scale, m its minimum.
+
+use evener_kernels::quant::Format;
+use half::{bf16, f16};
+
+/// Writes the weights of whole blocks. `out.len()` is blocks times block length.
+///
+/// # Panics
+/// The lengths do not belong together.
+pub(super) fn dequantize(format: Format, blocks: &[u8], out: &mut [f32]) {
+    let n_blocks = blocks.len() / format.block_bytes();
+    assert_eq!(blocks.len(), n_blocks * format.block_bytes(), "whole blocks");
+    assert_eq!(out.len(), n_blocks * format.block_len(), "one number a weight");
+    let blocks = blocks.chunks_exact(format.block_bytes());
+    for (block, out) in blocks.zip(out.chunks_exact_mut(format.block_len())) {
+        match format {
+            Format::F32 => out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]),
+            Format::F16 => out[0] = half_at(block, 0),
+            Format::Bf16 => out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
+            Format::Q4_0 => q4_0(block, out),
+            Format::Q4_1 => q4_1(block, out),
+            Format::Q5_0 => q5_0(block, out),
+            Format::Q5_1 => q5_1(block, out),
+            Format::Q8_0 => q8_0(block, out),
+            Format::Q4K => q4_k(block, out),
+            Format::Q5K => q5_k(block, out),
+            Format::Q6K => q6_k(block, out),
+        }
+    }
+}
+
+/// Whether the block's floats are finite: its scales, or its one weight.
+pub(super) fn is_finite(format: Format, block: &[u8]) -> bool {
+    let halves = |offsets: &[usize]| offsets.iter().all(|&at| half_at(block, at).is_finite());
+    match format {
+        Format::F32 => f32::from_le_bytes([block[0], block[1], block[2], block[3]]).is_finite(),
+        Format::Bf16 => bf16::from_le_bytes([block[0], block[1]]).is_finite(),
+        Format::F16 | Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => halves(&[0]),
+        Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => halves(&[0, 2]),
+        Format::Q6K => halves(&[208]),
+    }
+}
+
+fn half_at(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// d, then 16 bytes: low halves are weights 0 to 15, high halves 16 to 31.
+fn q4_0(block: &[u8], out: &mut [f32]) {
+    let d = half_at(block, 0);
+    for (i, &byte) in block[2..18].iter().enumerate() {
+        out[i] = f32::from(i16::from(byte & 15) - 8) * d;
+        out[i + 16] = f32::from(i16::from(byte >> 4) - 8) * d;
+    }
+}
+
+fn q4_1(block: &[u8], out: &mut [f32]) {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    for (i, &byte) in block[4..20].iter().enumerate() {
+        out[i] = f32::from(byte & 15) * d + m;
+        out[i + 16] = f32::from(byte >> 4) * d + m;
+    }
+}
+
+/// d, 32 fifth bits, then nibbles as in Q4_0.
+fn q5_0(block: &[u8], out: &mut [f32]) {
+    let d = half_at(block, 0);
+    let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+    for (i, &byte) in block[6..22].iter().enumerate() {
+        out[i] = f32::from(fifth(high, i, byte & 15) - 16) * d;
+        out[i + 16] = f32::from(fifth(high, i + 16, byte >> 4) - 16) * d;
+    }
+}
+
+fn q5_1(block: &[u8], out: &mut [f32]) {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    let high = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
+    for (i, &byte) in block[8..24].iter().enumerate() {
+        out[i] = f32::from(fifth(high, i, byte & 15)) * d + m;
+        out[i + 16] = f32::from(fifth(high, i + 16, byte >> 4)) * d + m;
+    }
+}
+
+fn fifth(high: u32, i: usize, low: u8) -> i16 {
+    i16::from(low) | ((high >> i) as i16 & 1) << 4
+}
+
+fn q8_0(block: &[u8], out: &mut [f32]) {
+    let d = half_at(block, 0);
+    for (out, &byte) in out.iter_mut().zip(&block[2..34]) {
+        *out = f32::from(byte as i8) * d;
+    }
+}
+
+/// Scale and minimum of sub-block `j` of 8, 6 bits each in 12 bytes.
+fn scale_min(j: usize, packed: &[u8]) -> (f32, f32) {
+    let (scale, min) = if j < 4 {
+        (packed[j] & 63, packed[j + 4] & 63)
+    } else {
+        let scale = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4);
+        let min = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4);
+        (scale, min)
+    };
+    (f32::from(scale), f32::from(min))
+}
+
+/// d, dmin, 12 bytes of scales and minima, then 4 runs of 32 bytes: low halves are one sub-block of 32
+/// weights, high halves the next.
+fn q4_k(block: &[u8], out: &mut [f32]) {
+    let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+    let (packed, quants) = (&block[4..16], &block[16..144]);
+    for j in 0..8 {
+        let (scale, min) = scale_min(j, packed);
+        let (scale, min) = (d * scale, dmin * min);
+        for i in 0..32 {
+            let byte = quants[j / 2 * 32 + i];
+            let quant = if j % 2 == 0 { byte & 15 } else { byte >> 4 };
+            out[j * 32 + i] = scale * f32::from(quant) - min;
+        }
+    }
+}
+
+/// As Q4_K, with 32 bytes of fifth bits before the nibbles: bit j of byte i belongs to sub-block j.
+fn q5_k(block: &[u8], out: &mut [f32]) {
+    let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+    let (packed, high, quants) = (&block[4..16], &block[16..48], &block[48..176]);
+    for j in 0..8 {
+        let (scale, min) = scale_min(j, packed);
+        let (scale, min) = (d * scale, dmin * min);
+        for i in 0..32 {
+            let byte = quants[j / 2 * 32 + i];
+            let low = if j % 2 == 0 { byte & 15 } else { byte >> 4 };
+            let quant = low | (high[i] >> j & 1) << 4;
+            out[j * 32 + i] = scale * f32::from(quant) - min;
+        }
+    }
+}
+
+/// 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales, d. In two halves of 128 weights,
+/// each four runs of 32.
+fn q6_k(block: &[u8], out: &mut [f32]) {
+    let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
+    let d = half_at(block, 208);
+    for (at, out) in out.iter_mut().enumerate() {
+        let (half, run, i) = (at / 128, at / 32 % 4, at % 32);
+        let byte = low[half * 64 + run % 2 * 32 + i];
+        let nibble = if run < 2 { byte & 15 } else { byte >> 4 };
+        let pair = high[half * 32 + i] >> (2 * run) & 3;
+        let quant = i16::from(nibble | pair << 4) - 32;
+        let scale = scales[half * 8 + run * 2 + i / 16] as i8;
+        *out = d * f32::from(scale) * f32::from(quant);
+    }
+}

@@ -1,0 +1,120 @@
+//! What a rank holds of a tensor, as it lies in the file: rows of blocks, cut at columns.
+
+use std::ops::Range;
+
+use evener_kernels::quant::Format;
+
+use crate::model::program::Weight;
+
+use super::Error;
+use super::dequantize::{dequantize, is_finite};
+use super::fault::printable;
+use super::gguf::Gguf;
+
+/// Rows and columns of a checkpoint tensor.
+#[derive(Debug, Clone)]
+pub struct Slice<'a> {
+    pub format: Format,
+    /// Rows of the slice.
+    pub rows: usize,
+    /// Columns of the slice.
+    pub columns: usize,
+    /// Columns of a row's first block that belong to the rank before: not 0 only where a format's
+    /// blocks are longer than the unit of cuts (K-quants).
+    pub first_column: usize,
+    tensor: &'a str,
+    first_row: usize,
+    data: &'a [u8],            // of the whole tensor
+    row_bytes: usize,          // of the whole tensor
+    block_bytes: Range<usize>, // of the slice's blocks, in a row
+}
+
+impl<'a> Slice<'a> {
+    pub(super) fn new(gguf: &'a Gguf, weight: &Weight) -> Result<Self, Error> {
+        let tensor = gguf
+            .tensor(&weight.tensor)
+            .ok_or_else(|| Error::MissingTensor { tensor: weight.tensor.clone() })?;
+        if tensor.shape != weight.shape {
+            return Err(Error::TensorShape {
+                tensor: printable(&tensor.name),
+                got: tensor.shape,
+                expected: weight.shape,
+            });
+        }
+        let [n_rows, n_columns] = tensor.shape;
+        let (rows, columns) = (&weight.rows, &weight.columns);
+        assert!(rows.start <= rows.end && rows.end <= n_rows, "rows {rows:?} of {n_rows}");
+        assert!(columns.start <= columns.end && columns.end <= n_columns, "columns {columns:?}");
+        let format = tensor.format;
+        let (len, bytes) = (format.block_len(), format.block_bytes());
+        Ok(Self {
+            format,
+            rows: rows.len(),
+            columns: columns.len(),
+            first_column: columns.start % len,
+            tensor: &tensor.name,
+            first_row: rows.start,
+            data: &gguf.bytes()[tensor.bytes.clone()],
+            row_bytes: n_columns / len * bytes,
+            block_bytes: columns.start / len * bytes..columns.end.div_ceil(len) * bytes,
+        })
+    }
+
+    /// Name of the tensor it is cut from.
+    #[must_use]
+    pub fn tensor(&self) -> &'a str {
+        self.tensor
+    }
+
+    /// The blocks that cover the slice's columns of its `i`-th row.
+    #[must_use]
+    pub fn row(&self, i: usize) -> &'a [u8] {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        let start = (self.first_row + i) * self.row_bytes;
+        &self.data[start + self.block_bytes.start..start + self.block_bytes.end]
+    }
+
+    /// Bytes of all its rows.
+    #[must_use]
+    pub fn n_bytes(&self) -> usize {
+        self.rows * self.block_bytes.len()
+    }
+
+    /// Writes the `i`-th row's columns as f32. `out.len()` is `columns`.
+    pub fn dequantized_row(&self, i: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.columns, "one number a column");
+        let blocks = self.row(i);
+        let len = self.format.block_len();
+        let covered = blocks.len() / self.format.block_bytes() * len;
+        if self.first_column == 0 && covered == self.columns {
+            return dequantize(self.format, blocks, out);
+        }
+        let mut whole = [0.0; 256];
+        for (b, block) in blocks.chunks_exact(self.format.block_bytes()).enumerate() {
+            dequantize(self.format, block, &mut whole[..len]);
+            let start = (b * len).max(self.first_column);
+            let end = ((b + 1) * len).min(self.first_column + self.columns);
+            let out = &mut out[start - self.first_column..end - self.first_column];
+            out.copy_from_slice(&whole[start - b * len..end - b * len]);
+        }
+    }
+
+    /// Looks for scales and weights that are not finite; backends call it while they load.
+    ///
+    /// # Errors
+    /// The first such block.
+    pub fn check_finite(&self) -> Result<(), Error> {
+        let first_block = self.block_bytes.start / self.format.block_bytes();
+        for i in 0..self.rows {
+            let mut blocks = self.row(i).chunks_exact(self.format.block_bytes());
+            if let Some(block) = blocks.position(|block| !is_finite(self.format, block)) {
+                return Err(Error::NotFinite {
+                    tensor: printable(self.tensor),
+                    row: self.first_row + i,
+                    block: first_block + block,
+                });
+            }
+        }
+        Ok(())
+    }
+}
