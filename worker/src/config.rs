@@ -1,4 +1,5 @@
-//! The options of a worker process, each documented once. The command line fills them; nothing else does.
+//! The options of a worker process, each documented once. The command line fills them; nothing else
+//! does.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,8 +27,8 @@ pub struct Options {
     pub backend: backend::Kind,
     /// Threads of a step, at least 1.
     pub threads: usize,
-    /// Memory for the KV cache, bytes; none: enough for `max_running` sequences of full context, but at
-    /// most a quarter of the available memory, shared by the ranks of this host.
+    /// Memory for the KV cache, bytes; none: enough for `max_running` sequences of full context,
+    /// but at most a quarter of the available memory, shared by the ranks of this host.
     pub kv_memory_bytes: Option<u64>,
     /// Sequences that run at once when the group does not say.
     pub max_running: usize,

@@ -1,7 +1,7 @@
 //! One epoch of a rank on its own OS thread, from the first dial to the last step.
 //!
-//! Loading and connecting go on together; then the ranks agree on what all of them can hold, step once
-//! to warm up, and serve. The session starts it, watches it and may abort it at every stage.
+//! Loading and connecting go on together; then the ranks agree on what all of them can hold, step
+//! once to warm up, and serve. The session starts it, watches it and may abort it at every stage.
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +29,9 @@ const EXTRA_SAMPLE_ROWS: usize = 32;
 const MIN_KV_TOKENS: usize = 256;
 /// Share of the available memory that a host's KV caches take unless told otherwise.
 const KV_MEMORY_FRACTION: u64 = 4;
+
+/// Operations of the collective that are logged when an epoch fails.
+const N_LOGGED: usize = 64;
 
 /// What a rank is to do in an epoch; checked by the session.
 #[derive(Debug, Clone)]
@@ -101,8 +104,8 @@ pub enum Error {
     #[error(transparent)]
     Engine(#[from] engine::Error),
     #[error(
-        "{needed} bytes are needed for the smallest KV cache, of {tokens} tokens; this rank may use \
-         {budget}: give it more memory for KV, or fewer ranks to this host"
+        "{needed} bytes are needed for the smallest KV cache, of {tokens} tokens; this rank may \
+         use {budget}: give it more memory for KV, or fewer ranks to this host"
     )]
     KvMemory { needed: u64, tokens: usize, budget: u64 },
     #[error("rank {rank} sent {got} bytes about its capacity; {expected} were due")]
@@ -129,8 +132,8 @@ pub struct Epoch {
     pub progress: watch::Sender<Progress>,
 }
 
-/// Weights, and the cache around them, that outlive an epoch: a group that re-forms with the same split
-/// finds them loaded.
+/// Weights, and the cache around them, that outlive an epoch: a group that re-forms with the same
+/// split finds them loaded.
 pub struct Warm {
     key: Key,
     backend: Box<dyn Backend>,
@@ -176,7 +179,7 @@ impl Life {
     pub fn run(self) {
         let Self { epoch, figures, handover, .. } = &self;
         let number = epoch.number;
-        let mut warm = None;
+        let mut warm: Handover = None;
         let lived = catch_unwind(AssertUnwindSafe(|| self.live(&mut warm)));
         let result = lived.unwrap_or_else(|payload| {
             warm = None; // whatever state it is in
@@ -202,7 +205,7 @@ impl Life {
             Ended::Left { reason } | Ended::Failed { reason } => reason,
         });
         figures.set_load(engine::output::Load::default());
-        let resident = warm.as_ref().map_or(0, |warm: &Box<Warm>| warm.about.resident_weight_bytes);
+        let resident = warm.as_ref().map_or(0, |warm| warm.about.resident_weight_bytes);
         figures.set_resident_weight_bytes(resident);
         epoch.progress.send_replace(Progress::Ended(ended));
         // Nobody takes it if the session is gone; then it is freed here.
@@ -230,15 +233,18 @@ impl Life {
             links: mesh.links(),
         };
         let vocab = self.spec.split.shards.iter().map(|shard| shard.vocab.clone()).collect();
-        let mut rank = Rank::new(Box::new(mesh), backend, vocab, limits.clone());
+        let mut rank = Rank::new(mesh, backend, vocab, limits.clone());
         let result = warm_up(&mut rank, self.epoch.rank, left.max(self.spec.step_timeout));
         let (rank, result) = match result {
             Ok(()) => {
-                rank.collective().set_step_timeout(self.spec.step_timeout);
+                rank.mesh_mut().set_step_timeout(self.spec.step_timeout);
                 self.serve(rank, limits, ready)
             }
             Err(error) => (rank, Err(error)),
         };
+        if result.is_err() && self.epoch.left.get().is_none() {
+            log_history(rank.mesh(), self.epoch.number);
+        }
         let is_sound =
             !matches!(&result, Err(engine::Error::Backend(backend::Error::Device { .. })));
         if is_sound {
@@ -457,6 +463,14 @@ fn warm_up(rank: &mut Rank, index: usize, wait: Duration) -> Result<(), engine::
     plan.clear();
     plan.freed_slots.push(0);
     rank.lead(&mut plan)
+}
+
+/// The last operations, for whoever lays the histories of two ranks side by side.
+fn log_history(mesh: &Mesh, epoch: u64) {
+    let history = mesh.history();
+    for record in &history[history.len().saturating_sub(N_LOGGED)..] {
+        tracing::debug!(epoch, rank = mesh.rank(), %record, "before the failure");
+    }
 }
 
 fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {

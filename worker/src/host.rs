@@ -2,8 +2,8 @@
 
 use sha2::{Digest, Sha256};
 
-/// Equal for two processes that run on one host since its last start, and may so share memory; empty
-/// where the system does not say, which is taken as sharing with nobody.
+/// Equal for two processes that run on one host since its last start, and may so share memory;
+/// empty where the system does not say, which is taken as sharing with nobody.
 #[must_use]
 pub fn host_id() -> String {
     let boot = read("/proc/sys/kernel/random/boot_id");

@@ -114,8 +114,8 @@ impl Worker {
         &self.session
     }
 
-    /// Serves until `shutdown`; then lets running sequences finish up to the option's deadline, leaves
-    /// its group, and revokes its registration.
+    /// Serves until `shutdown`; then lets running sequences finish up to the option's deadline,
+    /// leaves its group, and revokes its registration.
     ///
     /// # Errors
     /// The server or a task failed.

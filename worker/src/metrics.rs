@@ -1,4 +1,5 @@
-//! What a worker counts: written by the engine and the session without locks, read for load reports.
+//! What a worker counts: written by the engine and the session without locks, read for load
+//! reports.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -73,8 +74,8 @@ impl Figures {
         self.resident_weight_bytes.load(Ordering::Relaxed)
     }
 
-    /// Generated per second since the reading before this one. Readings less than half a second apart
-    /// give the same answer: they would only measure noise.
+    /// Generated per second since the reading before this one. Readings less than half a second
+    /// apart give the same answer: they would only measure noise.
     #[must_use]
     pub fn tokens_per_s(&self, now: Instant) -> f64 {
         let tokens_total = self.tokens_total();

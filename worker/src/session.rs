@@ -1,8 +1,8 @@
-//! A worker's place in groups: Idle, Loading, Serving, Leaving. It starts the thread of an epoch, watches
-//! it and aborts it; what happens inside is `epoch`'s.
+//! A worker's place in groups: Idle, Loading, Serving, Leaving. It starts the thread of an epoch,
+//! watches it and aborts it; what happens inside is `epoch`'s.
 //!
-//! Called by `service` and by shutdown. Epochs only grow: a higher one replaces a lower one, and what is
-//! asked for a lower one is refused.
+//! Called by `service` and by shutdown. Epochs only grow: a higher one replaces a lower one, and
+//! what is asked for a lower one is refused.
 
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -314,7 +314,8 @@ impl Session {
         }
     }
 
-    /// Accepts no more, and waits up to `timeout` for what runs. Returns how many sequences still do.
+    /// Accepts no more, and waits up to `timeout` for what runs. Returns how many sequences still
+    /// do.
     pub async fn drain(&self, timeout: Duration) -> u32 {
         self.state().is_draining = true;
         let deadline = Instant::now() + timeout;

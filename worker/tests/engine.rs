@@ -1,5 +1,5 @@
-//! The engine as a whole: groups of ranks as threads over local links, with a backend whose logits depend
-//! on every token of a sequence, so that a wrong block, position or slot shows.
+//! The engine as a whole: groups of ranks as threads over local links, with a backend whose logits
+//! depend on every token of a sequence, so that a wrong block, position or slot shows.
 #![allow(clippy::unwrap_used)]
 
 use std::ops::Range;
@@ -143,7 +143,7 @@ fn ranks(
     let rank = |(rank, mesh): (usize, Mesh)| {
         let mut toy = Toy::new(vocab[rank].clone());
         toy.fault = fault.filter(|(at, ..)| *at == rank).map(|(_, run, fault)| (run, fault));
-        Rank::new(Box::new(mesh), Box::new(toy), vocab.clone(), limits())
+        Rank::new(mesh, Box::new(toy), vocab.clone(), limits())
     };
     meshes.into_iter().enumerate().map(rank).collect()
 }
@@ -162,8 +162,8 @@ impl Group {
     }
 
     fn with_fault(world_size: usize, fault: Option<(usize, u64, Fault)>) -> Self {
-        let mut ranks = ranks(world_size, Duration::from_millis(300), fault);
-        let aborts = ranks.iter_mut().map(|rank| rank.collective().abort_handle()).collect();
+        let ranks = ranks(world_size, Duration::from_millis(300), fault);
+        let aborts = ranks.iter().map(|rank| rank.mesh().abort_handle()).collect();
         let mut ranks = ranks.into_iter();
         let options = scheduler::Options { limits: limits(), max_waiting: 100 };
         let figures = Arc::new(Figures::default());

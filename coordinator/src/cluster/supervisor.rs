@@ -16,7 +16,7 @@ use super::descriptions::{self, Descriptions};
 use super::formation::{Failure, Formation, Outcome};
 use super::member::{self, Join, Peer, Told};
 use super::membership::{View, fold};
-use super::placement::{self, Living, Placement, Policy, Shunned, Wanted};
+use super::placement::{self, Living, Placement, Policy, Situation, Wanted};
 use super::publish::Publisher;
 use super::records::{Group, GroupState, Member, Worker};
 use super::registry::{Error, FollowOptions, Registry, jitter};
@@ -43,6 +43,8 @@ pub struct Options {
     /// How long a worker that did not answer is left alone at first; doubles likewise.
     pub shun_min: Duration,
     pub shun_max: Duration,
+    /// How long the groups of a worker whose lease ended live on: if only the lease was lost, the worker is back soon.
+    pub linger: Duration,
     pub follow: FollowOptions,
 }
 
@@ -60,6 +62,7 @@ impl Default for Options {
             proven_after: Duration::from_secs(10),
             shun_min: Duration::from_secs(2),
             shun_max: Duration::from_secs(30),
+            linger: Duration::from_secs(3),
             follow: FollowOptions::default(),
         }
     }
@@ -113,6 +116,13 @@ pub(super) struct Shun {
     process: Worker,
 }
 
+/// A worker whose lease ended.
+#[derive(Debug, Clone)]
+pub(super) struct Lingering {
+    until: Instant,
+    pub(super) worker: Worker,
+}
+
 /// What tasks report.
 enum Event {
     Epoch { group: GroupId, attempt: u64, taken: Result<Epoch, Error> },
@@ -130,11 +140,18 @@ pub(super) struct State {
     pub(super) groups: BTreeMap<GroupId, Live>,
     pub(super) backoff: BTreeMap<GroupId, Backoff>,
     pub(super) shunned: BTreeMap<WorkerId, Shun>,
+    pub(super) lingering: BTreeMap<WorkerId, Lingering>,
     pub(super) descriptions: Descriptions,
     pub(super) placement: Placement,
 }
 
 impl State {
+    /// A worker that is registered, or was a moment ago.
+    pub(super) fn worker(&self, id: &WorkerId) -> Option<&Worker> {
+        let lingering = || self.lingering.get(id).map(|lingering| &lingering.worker);
+        self.view.workers.get(id).or_else(lingering)
+    }
+
     /// Another coordinator is known to lead.
     pub(super) fn follows(&self) -> bool {
         !self.leading && self.view.leader.as_ref().is_some_and(|leader| *leader != self.identity)
@@ -174,6 +191,7 @@ pub(super) async fn run(
             groups: BTreeMap::new(),
             backoff: BTreeMap::new(),
             shunned: BTreeMap::new(),
+            lingering: BTreeMap::new(),
             descriptions: Descriptions::default(),
             placement: Placement::default(),
         },
@@ -217,11 +235,16 @@ impl Supervisor {
                 self.last_arrival = now;
             }
         }
-        for id in known.keys().filter(|id| !self.state.view.workers.contains_key(*id)) {
-            tracing::info!(worker = %id, "worker is gone");
+        for (id, worker) in known {
+            if !self.state.view.workers.contains_key(&id) {
+                tracing::info!(worker = %id, "worker's lease has ended");
+                let lingering = Lingering { until: now + self.options.linger, worker };
+                self.state.lingering.insert(id, lingering);
+            }
         }
         // A worker that is gone, or another process under its name, starts with a clean sheet.
         let workers = &self.state.view.workers;
+        self.state.lingering.retain(|id, _| !workers.contains_key(id));
         self.state.shunned.retain(|id, shun| {
             workers.get(id).is_some_and(|worker| worker.is_same_process(&shun.process))
         });
@@ -264,6 +287,7 @@ impl Supervisor {
 
     /// Does what should be done now; returns when to look again.
     fn reconcile(&mut self, now: Instant) -> Instant {
+        self.state.lingering.retain(|_, lingering| lingering.until > now);
         if self.state.follows() && !self.state.groups.is_empty() {
             tracing::info!(leader = self.state.view.leader, "another coordinator leads, following");
             self.state.groups.clear();
@@ -291,24 +315,32 @@ impl Supervisor {
         let state = &self.state;
         let backoffs = state.backoff.values().map(|backoff| backoff.not_before);
         let shuns = state.shunned.values().map(|shun| shun.until);
+        let lingerings = state.lingering.values().map(|lingering| lingering.until);
         let formations = state.groups.values().filter_map(|live| live.formation.as_ref());
         let deadlines = formations.filter_map(Formation::deadline);
-        let later = backoffs.chain(shuns).chain(deadlines).filter(|&at| at > now);
+        let later = backoffs.chain(shuns).chain(lingerings).chain(deadlines).filter(|&at| at > now);
         later.chain(again.map(|wait| now + wait)).chain([now + IDLE]).min().unwrap_or(now + IDLE)
     }
 
     fn place(&mut self, now: Instant) -> Option<Duration> {
         let state = &self.state;
         let living = state.groups.iter().map(|(id, live)| (id.clone(), live.living())).collect();
-        let shunned: Shunned = state
+        let shunned = state
             .shunned
             .iter()
             .filter(|(_, shun)| shun.until > now)
             .map(|(id, shun)| (id.clone(), shun.why.clone()))
             .collect();
-        let settled_for = now.saturating_duration_since(self.last_arrival);
-        let policy = &self.options.placement;
-        let placement = placement::place(&state.view, &living, &shunned, policy, settled_for);
+        let lingering =
+            state.lingering.iter().map(|(id, gone)| (id.clone(), gone.worker.clone())).collect();
+        let situation = Situation {
+            view: &state.view,
+            living: &living,
+            shunned: &shunned,
+            lingering: &lingering,
+            settled_for: now.saturating_duration_since(self.last_arrival),
+        };
+        let placement = placement::place(&situation, &self.options.placement);
         let may_place = state.leading && state.view.known && state.view.away.is_none();
         if may_place {
             for (id, why) in &placement.retire {
@@ -544,7 +576,7 @@ impl Supervisor {
         let mut members = Vec::new();
         let mut files = BTreeSet::new();
         for member in &record.members {
-            let worker = self.state.view.workers.get(&member.worker);
+            let worker = self.state.worker(&member.worker);
             let Some(worker) = worker.filter(|w| w.grpc_address == member.grpc_address) else {
                 return Err(format!("worker {} is gone", member.worker));
             };

@@ -1,5 +1,5 @@
-//! A step plan and the block tables of the slots to the backend's flat batch. The lead applies its own
-//! plans by this code too, so that no rank can read a plan differently.
+//! A step plan and the block tables of the slots to the backend's flat batch. The lead applies its
+//! own plans by this code too, so that no rank can read a plan differently.
 
 use crate::backend::{Batch, KV_BLOCK_LEN, Span};
 

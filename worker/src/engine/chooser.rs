@@ -1,5 +1,6 @@
-//! The logits of a step to the next token of each of its sequences, and to the log-probabilities that
-//! were asked for. Between the sampler, which knows one row, and the lead, which knows streams.
+//! The logits of a step to the next token of each of its sequences, and to the log-probabilities
+//! that were asked for. Between the sampler, which knows one row, and the lead, which knows
+//! streams.
 
 use super::Error;
 use super::output::TokenOut;

@@ -1,7 +1,7 @@
 //! How others speak to a lead: bounded commands in, a bounded channel of outputs per stream out.
 //!
-//! Nothing here waits, so the engine thread and async callers can share it. Dropping the [`Outputs`] of a
-//! stream cancels its sequences.
+//! Nothing here waits, so the engine thread and async callers can share it. Dropping the
+//! [`Outputs`] of a stream cancels its sequences.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -56,8 +56,8 @@ pub(super) fn channel() -> (Handle, Receiver<Command>) {
 }
 
 impl Handle {
-    /// Opens a stream that holds up to `n_outputs` messages not yet read. A reader that falls further
-    /// behind is cut off.
+    /// Opens a stream that holds up to `n_outputs` messages not yet read. A reader that falls
+    /// further behind is cut off.
     ///
     /// # Errors
     /// The lead is gone or drowned.

@@ -1,4 +1,5 @@
-//! Which KV blocks are free and which sequence holds which. Pure accounting: the memory is the backend's.
+//! Which KV blocks are free and which sequence holds which. Pure accounting: the memory is the
+//! backend's.
 //!
 //! Only the lead rank keeps it; followers learn block ids from step plans. A block has a count of
 //! holders, so that sequences with a common beginning can share blocks once prefixes are reused.

@@ -1,13 +1,14 @@
 //! The loop of the lead rank: commands in, a plan to all ranks, logits to tokens, tokens out.
 //!
-//! It owns the scheduler and the streams. Commands are looked at between steps only, so nothing changes
-//! under a plan in flight.
+//! It owns the scheduler and the streams. Commands are looked at between steps only, so nothing
+//! changes under a plan in flight.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use evener_collective::Collective;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::Error;
@@ -56,8 +57,8 @@ impl Lead {
     /// # Panics
     /// `rank` is not rank 0, or its limits are not those of `options`.
     #[must_use]
-    pub fn new(mut rank: Rank, options: Options, figures: Arc<Figures>) -> (Handle, Self) {
-        assert_eq!(rank.collective().rank(), LEAD, "the lead is rank 0");
+    pub fn new(rank: Rank, options: Options, figures: Arc<Figures>) -> (Handle, Self) {
+        assert_eq!(rank.mesh().rank(), LEAD, "the lead is rank 0");
         assert_eq!(rank.limits(), &options.limits, "one set of limits");
         let (handle, commands) = handle::channel();
         let lead = Self {
@@ -105,8 +106,8 @@ impl Lead {
         }
     }
 
-    /// Ends all streams, telling them why. For after the loop: sequences are left as they are, a step of
-    /// theirs may have failed half way.
+    /// Ends all streams, telling them why. For after the loop: sequences are left as they are, a
+    /// step of theirs may have failed half way.
     pub fn end_streams(&mut self, reason: &str) {
         for stream in std::mem::take(&mut self.streams).into_values() {
             let _ = stream.sink.end.set(StreamEnd::EpochOver { reason: reason.to_owned() });
@@ -201,7 +202,7 @@ impl Lead {
             self.rank.lead(&mut self.plan)?;
             self.last_plan = Instant::now();
         }
-        self.rank.collective().check()?;
+        self.rank.mesh_mut().check()?;
         Ok(self.commands.recv_timeout(IDLE_SLICE).ok())
     }
 

@@ -1,5 +1,7 @@
-//! Logits of every position of given token lists, under a batching of the caller's choice. For tests
-//! and benchmarks that compare splits bit for bit; serving does not use it.
+//! Logits of every position of given token lists, under a batching of the caller's choice. For
+//! tests and benchmarks that compare splits bit for bit; serving does not use it.
+
+use evener_collective::Collective;
 
 use super::kv_blocks::blocks_for;
 use super::rank::Rank;
@@ -16,8 +18,8 @@ pub struct Batching {
     pub together: bool,
 }
 
-/// Leads a group of `ranks` (rank 0 first), the others as threads, and returns by list the logits of all
-/// its positions: `[positions, vocab]`.
+/// Leads a group of `ranks` (rank 0 first), the others as threads, and returns by list the logits
+/// of all its positions: `[positions, vocab]`.
 ///
 /// # Errors
 /// The lead's or else a follower's.
@@ -35,7 +37,7 @@ pub fn group_logits(
         let followers: Vec<_> = followers.iter_mut().map(follow).collect();
         let result = logits(lead, lists, batching);
         if result.is_err() {
-            lead.collective().abort_handle().abort("the probe failed");
+            lead.mesh().abort_handle().abort("the probe failed");
         }
         let joined = followers.into_iter().map(|thread| thread.join().expect("no panic"));
         let followed: Result<(), Error> = joined.collect();

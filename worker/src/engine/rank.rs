@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use evener_collective::{Collective, Tag};
+use evener_collective::{Collective, Mesh, Tag};
 
 use crate::backend::{Backend, Batch};
 
@@ -22,7 +22,7 @@ const LOGITS_OP: u32 = u32::MAX;
 
 /// One rank of a group, ready to step.
 pub struct Rank {
-    collective: Box<dyn Collective>,
+    mesh: Mesh,
     backend: Box<dyn Backend>,
     limits: Limits,
     /// By rank: vocabulary rows of its logits.
@@ -43,20 +43,20 @@ impl Rank {
     /// `vocab` does not have one range a rank.
     #[must_use]
     pub fn new(
-        collective: Box<dyn Collective>,
+        mesh: Mesh,
         backend: Box<dyn Backend>,
         vocab: Vec<Range<usize>>,
         limits: Limits,
     ) -> Self {
-        assert_eq!(vocab.len(), collective.world_size(), "one vocabulary range a rank");
-        let n_shards = if collective.rank() == LEAD { vocab.len() } else { 0 };
+        assert_eq!(vocab.len(), mesh.world_size(), "one vocabulary range a rank");
+        let n_shards = if mesh.rank() == LEAD { vocab.len() } else { 0 };
         Self {
             tables: Tables::new(&limits),
             batch: Batch::default(),
             wire: Vec::new(),
             step: 0,
             shards: vec![Vec::new(); n_shards],
-            collective,
+            mesh,
             backend,
             limits,
             vocab,
@@ -69,11 +69,11 @@ impl Rank {
     /// The epoch is over.
     pub fn lead(&mut self, plan: &mut StepPlan) -> Result<(), Error> {
         self.step += 1;
-        plan.epoch = self.collective.epoch();
+        plan.epoch = self.mesh.epoch();
         plan.step = self.step;
         plan.encode(&mut self.wire);
         let tag = Tag { step: self.step, op: PLAN_OP };
-        self.collective.broadcast(tag, LEAD, &mut self.wire, Duration::ZERO)?;
+        self.mesh.broadcast(tag, LEAD, &mut self.wire, Duration::ZERO)?;
         self.execute(plan)
     }
 
@@ -84,9 +84,9 @@ impl Rank {
     pub fn follow(&mut self, plan: &mut StepPlan, wait: Duration) -> Result<(), Error> {
         self.step += 1;
         let tag = Tag { step: self.step, op: PLAN_OP };
-        self.collective.broadcast(tag, LEAD, &mut self.wire, wait)?;
+        self.mesh.broadcast(tag, LEAD, &mut self.wire, wait)?;
         plan.decode(&self.wire, &self.limits)?;
-        let due = [("epoch", plan.epoch, self.collective.epoch()), ("step", plan.step, self.step)];
+        let due = [("epoch", plan.epoch, self.mesh.epoch()), ("step", plan.step, self.step)];
         for (what, got, expected) in due {
             if got != expected {
                 return Err(Error::OutOfStep { what, got, expected });
@@ -100,14 +100,14 @@ impl Rank {
         if self.batch.tokens.is_empty() {
             return Ok(());
         }
-        self.backend.run(&self.batch, self.collective.as_mut())?;
+        self.backend.run(&self.batch, &mut self.mesh)?;
         let n_rows = self.batch.sample_rows.len();
         if n_rows == 0 {
             return Ok(());
         }
         let tag = Tag { step: self.step, op: LOGITS_OP };
         let logits = self.backend.logits();
-        self.collective.gather(tag, LEAD, logits, &mut self.shards)?;
+        self.mesh.gather(tag, LEAD, logits, &mut self.shards)?;
         for (rank, (shard, vocab)) in self.shards.iter().zip(&self.vocab).enumerate() {
             let (got, expected) = (shard.len(), n_rows * vocab.len());
             if got != expected {
@@ -130,8 +130,13 @@ impl Rank {
         &self.limits
     }
 
-    pub fn collective(&mut self) -> &mut dyn Collective {
-        self.collective.as_mut()
+    #[must_use]
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    pub fn mesh_mut(&mut self) -> &mut Mesh {
+        &mut self.mesh
     }
 
     /// The device, for the next epoch.

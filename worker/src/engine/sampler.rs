@@ -1,8 +1,9 @@
-//! Logits to a token, and to log-probabilities. Pure: a token depends on (logits, sampling, position).
+//! Logits to a token, and to log-probabilities. Pure: a token depends on (logits, sampling,
+//! position).
 //!
-//! Random numbers come from a counter, not from a state, so that a sequence resumed elsewhere with its
-//! tokens so far goes on with the tokens it would have had. Exponentials are `libm`'s and sums are f64 in
-//! a fixed order, so that two machines agree.
+//! Random numbers come from a counter, not from a state, so that a sequence resumed elsewhere with
+//! its tokens so far goes on with the tokens it would have had. Exponentials are `libm`'s and sums
+//! are f64 in a fixed order, so that two machines agree.
 
 use std::cmp::Ordering;
 
@@ -118,10 +119,11 @@ fn likelier(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
 }
 
-/// Keeps the likeliest candidates whose weights reach `enough` together, at least one, in order, and
-/// returns their sum (Holtzman et al. 2020, section 3.1).
+/// Keeps the likeliest candidates whose weights reach `enough` together, at least one, in order,
+/// and returns their sum (Holtzman et al. 2020, section 3.1).
 fn keep_top_p(candidates: &mut Vec<Candidate>, enough: f64) -> f64 {
-    // The nucleus is usually a few tokens: sort a short head first, and longer ones only if need be.
+    // The nucleus is usually a few tokens: sort a short head first, and longer ones only if need
+    // be.
     let mut head = 64.min(candidates.len());
     loop {
         if head < candidates.len() {

@@ -1,9 +1,9 @@
-//! Who takes part in the next step: iteration-level batching (Yu et al. 2022, Orca, section 3.1) over
-//! paged KV blocks (Kwon et al. 2023, PagedAttention, section 4). Pure: no clock, no I/O.
+//! Who takes part in the next step: iteration-level batching (Yu et al. 2022, Orca, section 3.1)
+//! over paged KV blocks (Kwon et al. 2023, PagedAttention, section 4). Pure: no clock, no I/O.
 //!
-//! Each step gives every decoding sequence its token and the rest of one token budget to prefill, first
-//! come first served. A sequence is admitted once all blocks it may ever need can be promised to it, so
-//! that nothing has to be preempted. Only the lead rank has a scheduler.
+//! Each step gives every decoding sequence its token and the rest of one token budget to prefill,
+//! first come first served. A sequence is admitted once all blocks it may ever need can be promised
+//! to it, so that nothing has to be preempted. Only the lead rank has a scheduler.
 
 use std::collections::VecDeque;
 
@@ -33,8 +33,8 @@ pub enum Refusal {
     )]
     TooLong { prompt: usize, max_tokens: u32, max_context: usize },
     #[error(
-        "{prompt} prompt tokens and {max_tokens} to generate need {needed} KV blocks; this group has \
-         {total} of {} tokens",
+        "{prompt} prompt tokens and {max_tokens} to generate need {needed} KV blocks; this group \
+         has {total} of {} tokens",
         crate::backend::KV_BLOCK_LEN
     )]
     TooFewBlocks { prompt: usize, max_tokens: u32, needed: usize, total: u32 },
@@ -133,7 +133,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Forgets a sequence, waiting or running; false if it is not here. Not while a plan is in flight.
+    /// Forgets a sequence, waiting or running; false if it is not here. Not while a plan is in
+    /// flight.
     pub fn cancel(&mut self, id: SequenceId) -> bool {
         assert!(self.in_flight.is_empty(), "a cancel waits for the end of the step");
         if let Some(at) = self.waiting.iter().position(|sequence| sequence.id == id) {
@@ -147,8 +148,8 @@ impl Scheduler {
         at.is_some()
     }
 
-    /// Plans the next step into `plan`; false, and an empty plan, if there is nothing to run. After true
-    /// `commit` must follow.
+    /// Plans the next step into `plan`; false, and an empty plan, if there is nothing to run. After
+    /// true `commit` must follow.
     pub fn schedule(&mut self, plan: &mut StepPlan) -> bool {
         assert!(self.in_flight.is_empty(), "the last step was not committed");
         plan.clear();
@@ -241,8 +242,8 @@ impl Scheduler {
         &self.running[self.in_flight[entry_idx]].sequence
     }
 
-    /// Ends the step in flight. `tokens`: by entry, the next token of its sequence if the step reached
-    /// it. Appends to `out` what was generated, in the order of the plan.
+    /// Ends the step in flight. `tokens`: by entry, the next token of its sequence if the step
+    /// reached it. Appends to `out` what was generated, in the order of the plan.
     pub fn commit(&mut self, plan: &StepPlan, tokens: &[Option<u32>], out: &mut Vec<Committed>) {
         assert_eq!(tokens.len(), plan.entries.len(), "one answer for each entry");
         let mut finished = Vec::new();
@@ -346,8 +347,11 @@ mod tests {
         Spec { prompt, max_tokens, sampling: Sampling::default(), prompt_logprobs: false }
     }
 
-    /// One step in which every sampled token is 7; entries as (slot, start, tokens, sampled).
-    fn step(scheduler: &mut Scheduler) -> (Vec<(u32, u32, u32, u32)>, Vec<Committed>) {
+    /// (slot, start, tokens, sampled)
+    type Brief = (u32, u32, u32, u32);
+
+    /// One step in which every sampled token is 7.
+    fn step(scheduler: &mut Scheduler) -> (Vec<Brief>, Vec<Committed>) {
         let (mut plan, mut out) = (StepPlan::default(), Vec::new());
         if scheduler.schedule(&mut plan) {
             let tokens: Vec<_> = (0..plan.entries.len())
@@ -450,12 +454,12 @@ mod tests {
                     live.insert(id, max_tokens as usize);
                 }
             }
-            if rng.random_bool(0.05) {
-                if let Some(&id) = live.keys().min() {
-                    assert!(scheduler.cancel(id), "a live sequence can be cancelled");
-                    live.remove(&id);
-                    n_cancelled += 1;
-                }
+            if rng.random_bool(0.05)
+                && let Some(&id) = live.keys().min()
+            {
+                assert!(scheduler.cancel(id), "a live sequence can be cancelled");
+                live.remove(&id);
+                n_cancelled += 1;
             }
             n_steps += 1;
             if !scheduler.schedule(&mut plan) {

@@ -1,4 +1,5 @@
-//! One generation inside an engine: what was asked, the tokens so far, and how many of them are computed.
+//! One generation inside an engine: what was asked, the tokens so far, and how many of them are
+//! computed.
 //!
 //! Only the lead rank has them. It does not know blocks of others, steps or streams of bytes.
 

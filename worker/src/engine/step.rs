@@ -1,7 +1,8 @@
 //! What all ranks do next, and its form on the wire. The lead plans; followers decide nothing.
 //!
-//! A plan is a delta: ranks keep a block table per slot and learn only what is new. Bytes from a peer
-//! are checked here against [`Limits`], and against the tables in `batch`, before anything uses them.
+//! A plan is a delta: ranks keep a block table per slot and learn only what is new. Bytes from a
+//! peer are checked here against [`Limits`], and against the tables in `batch`, before anything
+//! uses them.
 
 use crate::backend::KV_BLOCK_LEN;
 
