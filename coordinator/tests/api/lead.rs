@@ -23,7 +23,7 @@ pub type Rule = Arc<dyn Fn(&[u32], &wire::Sampling) -> u32 + Send + Sync>;
 #[derive(Debug, Clone)]
 pub enum Seen {
     Submit(wire::Submit),
-    Cancel(u64),
+    Cancel,
 }
 
 /// How a lead behaves.
@@ -38,6 +38,7 @@ pub struct Script {
 pub struct Lead {
     pub address: SocketAddr,
     pub epoch: u64,
+    pub group: String,
     seen: Arc<Mutex<Vec<Seen>>>,
     /// A sequence may not grow past this position.
     limit: watch::Sender<usize>,
@@ -60,7 +61,14 @@ impl Lead {
         let service = Service { epoch, script, seen: seen.clone(), limit: limit_rx };
         let thread = std::thread::spawn(move || live(service, &address_tx, &ends));
         let address = address_rx.recv_timeout(Duration::from_secs(10)).unwrap();
-        Self { address, epoch, seen, limit, end: Some(end), thread: Some(thread) }
+        let group = format!("g{epoch}");
+        Self { address, epoch, group, seen, limit, end: Some(end), thread: Some(thread) }
+    }
+
+    /// Instead of a group of its own.
+    pub fn of_group(mut self, group: &str) -> Self {
+        self.group = group.to_owned();
+        self
     }
 
     /// No sequence grows past this many tokens, prompt included, until told otherwise.
@@ -92,13 +100,13 @@ impl Lead {
     pub fn submits(&self) -> Vec<wire::Submit> {
         let submit = |seen| match seen {
             Seen::Submit(submit) => Some(submit),
-            Seen::Cancel(_) => None,
+            Seen::Cancel => None,
         };
         self.seen().into_iter().filter_map(submit).collect()
     }
 
     pub fn n_cancels(&self) -> usize {
-        self.seen().iter().filter(|seen| matches!(seen, Seen::Cancel(_))).count()
+        self.seen().iter().filter(|seen| matches!(seen, Seen::Cancel)).count()
     }
 
     /// Waits for a named state, at most ten seconds.
@@ -273,7 +281,7 @@ impl Engine {
                 self.running.insert(id, Running { submit, tokens, n_prompt_told: 1 });
             }
             wire::generate_request::Body::Cancel(cancel) => {
-                self.seen.lock().unwrap().push(Seen::Cancel(cancel.request_id));
+                self.seen.lock().unwrap().push(Seen::Cancel);
                 self.running.remove(&cancel.request_id);
             }
         }

@@ -190,7 +190,7 @@ pub fn directory(leads: &[&Lead]) -> Directory {
 
 fn group(lead: &Lead) -> ReadyGroup {
     ReadyGroup {
-        id: GroupId::parse(&format!("g{}", lead.epoch)).unwrap(),
+        id: GroupId::parse(&lead.group).unwrap(),
         epoch: Epoch::parse(lead.epoch).unwrap(),
         model: ModelName::parse(MODEL).unwrap(),
         lead_address: lead.address.to_string(),
