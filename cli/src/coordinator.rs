@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::Args;
 use evener_coordinator::cluster::records::Deployment;
+use evener_coordinator::run::{Coordinator, Serving};
 use evener_coordinator::{cluster, config, http};
 use evener_proto::ids::ModelName;
 use serde::Serialize;
@@ -52,7 +53,14 @@ pub struct Options {
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let shutdown = signals::shutdown_token()?;
-    evener_coordinator::run(options.into_coordinator()?, shutdown).await?;
+    let drain_timeout = Duration::from_secs(options.drain_timeout.into());
+    let http = http::Options { drain_timeout, ..http::Options::default() };
+    let coordinator = Coordinator::start(options.into_coordinator()?).await?;
+    let serve = async |serving: Serving| {
+        let Serving { listener, directory, status, shutdown } = serving;
+        http::run(listener, directory, status, http, shutdown.cancelled_owned()).await
+    };
+    coordinator.run(serve, shutdown).await?;
     Ok(())
 }
 
@@ -61,7 +69,7 @@ impl Options {
         let place = match self.registry {
             Registry::Embedded => config::Place::Embedded { listen: self.registry_listen },
             Registry::EmbeddedAt(address) => config::Place::Remote { address },
-            Registry::Etcd(_) => bail!("etcd is not merged yet"),
+            Registry::Etcd(addresses) => config::Place::Etcd { addresses },
         };
         let mut cluster = cluster::Options::at(place);
         if let Some(name) = &self.deploy {
@@ -78,8 +86,6 @@ impl Options {
             let model = ModelName::parse(name)?;
             cluster.deployments = vec![Deployment { model, world_size, shares, replicas: 1 }];
         }
-        let drain_timeout = Duration::from_secs(self.drain_timeout.into());
-        let http = http::Options { drain_timeout, ..http::Options::default() };
-        Ok(config::Options { http_listen: self.listen, http, cluster })
+        Ok(config::Options { http_listen: self.listen, cluster })
     }
 }
