@@ -14,8 +14,10 @@ pub mod placement;
 mod publish;
 pub mod records;
 pub mod registry;
+mod state;
 mod status;
 pub mod supervisor;
+mod takeover;
 mod writer;
 
 use std::net::SocketAddr;

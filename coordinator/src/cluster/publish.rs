@@ -7,8 +7,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::records::{Group, GroupState};
+use super::state::State;
 use super::status;
-use super::supervisor::State;
 use crate::group::handle::{Directory, ReadyGroup};
 
 /// The writing ends of both watches.

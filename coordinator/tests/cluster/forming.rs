@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use evener_coordinator::cluster;
-use evener_coordinator::config::{Options, Place};
+use evener_coordinator::config::Place;
 use evener_coordinator::group::handle::Directory;
-use evener_coordinator::run;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 

@@ -19,13 +19,13 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const MODEL: &str = "tiny";
 
 /// Waits until `seen` finds what it looks for in a watched value.
-pub async fn until<T: Clone, R>(
+pub async fn until<T, R>(
     what: &str,
     reader: &mut watch::Receiver<T>,
     mut seen: impl FnMut(&T) -> Option<R>,
 ) -> R
 where
-    T: std::fmt::Debug,
+    T: Clone + std::fmt::Debug,
 {
     let found = async {
         loop {
