@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 
-use crate::cluster;
+use crate::{cluster, http};
 
 /// Everything a coordinator needs to know to run.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Where people reach the API.
     pub http_listen: SocketAddr,
+    pub http: http::Options,
     pub cluster: cluster::Options,
 }
 

@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use evener_coordinator::cluster;
-use evener_coordinator::config::{Options, Place};
+use evener_coordinator::config::Place;
 use evener_coordinator::group::handle::Directory;
-use evener_coordinator::run;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -309,28 +308,6 @@ async fn a_lost_lease_costs_a_group_its_member_only_if_the_worker_stays_away() {
     assert!(second.epoch > first.epoch);
     let epoch = first.epoch.get();
     w1.called("to leave", |call| *call == Call::Leave { epoch }).await;
-}
-
-#[tokio::test]
-async fn a_coordinator_drains_its_requests_before_it_leaves_the_cluster() {
-    let listen = "127.0.0.1:0".parse().unwrap();
-    let mut options = Options { http_listen: listen, cluster: options(Place::Embedded { listen }) };
-    options.cluster.deployments = vec![deployment(None, &[])];
-    let coordinator = run::Coordinator::start(options).await.unwrap();
-    assert_ne!(coordinator.http_address().port(), 0);
-    let registry = coordinator.registry_address().unwrap().to_string();
-    let _worker = ScriptedWorker::start("w0", &registry).await;
-    let shutdown = CancellationToken::new();
-    let serve = async |mut serving: run::Serving| {
-        let ready = |directory: &Arc<Directory>| (!directory.groups.is_empty()).then_some(());
-        until("a group", &mut serving.directory, ready).await;
-        shutdown.cancel();
-        serving.shutdown.cancelled().await;
-        // Still there for what runs.
-        serving.directory.borrow().groups.len()
-    };
-    let n_groups = coordinator.run(serve, shutdown.clone()).await;
-    assert_eq!(n_groups, 1);
 }
 
 #[tokio::test]
