@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::Args;
 use evener_coordinator::cluster::records::Deployment;
-use evener_coordinator::run::{Coordinator, Serving};
 use evener_coordinator::{cluster, config, http};
 use evener_proto::ids::ModelName;
 use serde::Serialize;
@@ -53,14 +52,7 @@ pub struct Options {
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let shutdown = signals::shutdown_token()?;
-    let drain_timeout = Duration::from_secs(options.drain_timeout.into());
-    let http = http::Options { drain_timeout, ..http::Options::default() };
-    let coordinator = Coordinator::start(options.into_coordinator()?).await?;
-    let serve = async |serving: Serving| {
-        let Serving { listener, directory, status, shutdown } = serving;
-        http::run(listener, directory, status, http, shutdown.cancelled_owned()).await
-    };
-    coordinator.run(serve, shutdown).await?;
+    evener_coordinator::run(options.into_coordinator()?, shutdown).await?;
     Ok(())
 }
 
@@ -86,6 +78,8 @@ impl Options {
             let model = ModelName::parse(name)?;
             cluster.deployments = vec![Deployment { model, world_size, shares, replicas: 1 }];
         }
-        Ok(config::Options { http_listen: self.listen, cluster })
+        let drain_timeout = Duration::from_secs(self.drain_timeout.into());
+        let http = http::Options { drain_timeout, ..http::Options::default() };
+        Ok(config::Options { http_listen: self.listen, http, cluster })
     }
 }
