@@ -188,8 +188,11 @@ fn generated_messages_stop_at_the_border_files() {
 
 #[test]
 fn the_engine_thread_and_below_have_no_async() {
-    for under in ["worker/src/engine", "worker/src/model", "worker/src/backend", "worker/src/checkpoint"] {
-        assert_only(under, &["async", "await"], &[], "no async in the engine or below");
+    // The handle is the other end of the engine's channels: it lives on the runtime, not on the engine's thread.
+    let rule = "no async in the engine thread or below";
+    assert_only("worker/src/engine", &["async", "await"], &["worker/src/engine/handle.rs"], rule);
+    for under in ["worker/src/model", "worker/src/backend", "worker/src/checkpoint"] {
+        assert_only(under, &["async", "await"], &[], rule);
     }
     let below = ["worker/kernels/src", "worker/collective/src"];
     for under in below {
@@ -230,8 +233,8 @@ fn the_request_side_does_not_know_the_cluster_side() {
 #[test]
 fn unsafe_stays_behind_its_fences() {
     let fences = [
-        "worker/kernels/src/",
-        "worker/collective/src/",
+        "worker/kernels/",
+        "worker/collective/",
         "worker/src/checkpoint/bytes.rs",
         "cli/src/children.rs",
     ];
