@@ -1,1 +1,45 @@
-//! Placeholder.
+//! The system from outside: real processes of the real binary, driven as people and clients drive it.
+//!
+//! A test says what cluster it wants and gets one on free ports, with its logs kept for the day it fails:
+//! `Cluster::builder().workers(3).shares("3:2:2").start().await`. Everything is killed on drop. No test sleeps; each
+//! waits for a named state with a deadline.
+
+mod binary;
+mod cluster;
+mod etcd;
+mod http;
+mod process;
+
+pub use binary::{evener, model, root};
+pub use cluster::{Builder, Cluster, Registry};
+pub use etcd::Etcd;
+pub use http::{Api, End, Stream, raw_request, text_of};
+pub use process::{Ended, Process, living_processes_marked};
+
+use std::time::Duration;
+
+/// Longest wait for a cluster to be ready. Loading takes a second or two; a busy machine may be ten times slower.
+pub const READY: Duration = Duration::from_secs(90);
+/// Longest wait for anything else to happen.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Waits until `probe` answers, or panics with `what` was waited for.
+pub async fn eventually<T, F>(what: &str, deadline: Duration, mut probe: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    const INTERVAL: Duration = Duration::from_millis(25);
+    let waited = async {
+        let mut interval = tokio::time::interval(INTERVAL);
+        loop {
+            interval.tick().await;
+            if let Some(answer) = probe().await {
+                return answer;
+            }
+        }
+    };
+    match tokio::time::timeout(deadline, waited).await {
+        Ok(answer) => answer,
+        Err(_) => panic!("{what}: not within {} s", deadline.as_secs()),
+    }
+}

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use evener_collective::Transport;
+pub use evener_collective::Transport;
 use evener_proto::ids::{ModelName, WorkerId};
 
 use crate::backend;

@@ -89,7 +89,7 @@ impl Place {
         let endpoint = |part: &str| {
             let (host, port) = part.rsplit_once(':').ok_or_else(bad)?;
             let port = port.parse::<u16>().map_err(|_| bad())?;
-            let known = !host.is_empty() && !host.contains(['/', '@', ' ']) && port != 0;
+            let known = !host.is_empty() && !host.contains(['/', '@', ' ', ',']) && port != 0;
             let usable = Endpoint::from_shared(format!("http://{part}")).is_ok();
             if known && usable { Ok(Address(part.to_owned())) } else { Err(bad()) }
         };
@@ -191,13 +191,15 @@ impl Registration {
             self.client.keep_alive(held.lease_id).await?;
             held.renewed = begun;
         }
+        // The load goes first: who sees the worker also sees which epoch it serves.
+        self.client.put(self.load_key.clone(), encode(report), held.lease_id).await?;
         if !held.recorded {
             let (key, value) = self.record.clone();
             self.client.put(key, value, held.lease_id).await?;
             held.recorded = true;
             tracing::info!(registry = self.client.at(), lease = held.lease_id, "registered");
         }
-        self.client.put(self.load_key.clone(), encode(report), held.lease_id).await
+        Ok(())
     }
 
     /// Logs a failure once per outage and turns to the next endpoint; says whether the registry counts as away.

@@ -163,6 +163,11 @@ fn against_the_oracle(kind: Kind) {
 }
 
 #[test]
+fn cpu_agrees_with_the_oracle() {
+    against_the_oracle(Kind::Cpu);
+}
+
+#[test]
 fn reference_agrees_with_the_oracle() {
     against_the_oracle(Kind::Reference);
 }

@@ -6,6 +6,7 @@ mod descriptions;
 pub mod election;
 pub mod embedded;
 pub mod embedded_grpc;
+pub mod etcd;
 mod formation;
 pub mod member;
 pub mod membership;
@@ -13,8 +14,10 @@ pub mod placement;
 mod publish;
 pub mod records;
 pub mod registry;
+mod state;
 mod status;
 pub mod supervisor;
+mod takeover;
 mod writer;
 
 use std::net::SocketAddr;
@@ -30,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::embedded::Embedded;
 use self::embedded_grpc::Remote;
+use self::etcd::Etcd;
 use self::publish::Publisher;
 use self::records::Deployment;
 use self::registry::{Put, Registry, jitter};
@@ -42,6 +46,7 @@ pub struct Options {
     /// Unique among coordinators and their restarts.
     pub identity: String,
     pub registry: Place,
+    pub etcd: etcd::Options,
     /// Deadlines towards another process's embedded registry.
     pub remote: embedded_grpc::RemoteOptions,
     /// Bounds of our own embedded registry.
@@ -62,6 +67,7 @@ impl Options {
         Self {
             identity: format!("{}-{}", std::process::id(), uuid::Uuid::new_v4().simple()),
             registry,
+            etcd: etcd::Options::default(),
             remote: embedded_grpc::RemoteOptions::default(),
             embedded: embedded::Options::default(),
             deployments: Vec::new(),
@@ -132,6 +138,9 @@ pub async fn start(options: Options, shutdown: CancellationToken) -> Result<Hand
                 }
             });
             Registry::new(Arc::new(embedded))
+        }
+        Place::Etcd { addresses } => {
+            Registry::new(Arc::new(Etcd::new(addresses, options.etcd.clone())?))
         }
         Place::Remote { address } => {
             Registry::new(Arc::new(Remote::new(address, &options.remote)?))

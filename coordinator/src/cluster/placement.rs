@@ -36,8 +36,18 @@ pub struct Living {
     pub members: Vec<(WorkerId, String, u32)>,
 }
 
-/// Workers that are registered and still not to be used, and why.
-pub type Shunned = BTreeMap<WorkerId, String>;
+/// What is decided on.
+#[derive(Debug, Clone)]
+pub struct Situation<'a> {
+    pub view: &'a View,
+    pub living: &'a BTreeMap<GroupId, Living>,
+    /// Workers that are registered and still not to be used, and why.
+    pub shunned: &'a BTreeMap<WorkerId, String>,
+    /// Workers whose lease ended a moment ago: they may be back under it soon, so their groups live on.
+    pub lingering: &'a BTreeMap<WorkerId, Worker>,
+    /// Since a worker last came.
+    pub settled_for: Duration,
+}
 
 /// A group to form.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,20 +71,15 @@ pub struct Placement {
     pub again: Option<Duration>,
 }
 
-/// Compares the view with what people asked for. `settled_for`: since a worker last came.
+/// Compares the situation with what people asked for.
 #[must_use]
-pub fn place(
-    view: &View,
-    living: &BTreeMap<GroupId, Living>,
-    shunned: &Shunned,
-    policy: &Policy,
-    settled_for: Duration,
-) -> Placement {
+pub fn place(situation: &Situation<'_>, policy: &Policy) -> Placement {
+    let Situation { view, living, .. } = *situation;
     let mut placement = Placement::default();
     let mut taken: BTreeMap<&WorkerId, &GroupId> = BTreeMap::new();
     let mut kept: BTreeSet<&GroupId> = BTreeSet::new();
     for (id, group) in living {
-        match must_end(id, group, view) {
+        match must_end(id, group, situation) {
             Some(reason) => placement.retire.push((id.clone(), reason)),
             None => {
                 kept.insert(id);
@@ -97,7 +102,7 @@ pub fn place(
                 continue;
             }
             let unplaced = deployment.replicas - replica;
-            let search = Search { view, shunned, policy, settled_for, chosen: &chosen };
+            let search = Search { situation, policy, chosen: &chosen };
             match search.members(deployment, unplaced) {
                 Ok((fingerprint, members)) => {
                     chosen.extend(members.iter().map(|(worker, _)| (worker.clone(), id.clone())));
@@ -125,7 +130,8 @@ pub fn group_id(model: &ModelName, replica: u32) -> Result<GroupId, String> {
 }
 
 /// Why a living group cannot stay as it is.
-fn must_end(id: &GroupId, group: &Living, view: &View) -> Option<String> {
+fn must_end(id: &GroupId, group: &Living, situation: &Situation<'_>) -> Option<String> {
+    let Situation { view, lingering, .. } = *situation;
     let model = &group.model;
     let Some(deployment) = view.deployments.get(model) else {
         return Some(format!("model {model} is not deployed any more"));
@@ -142,7 +148,7 @@ fn must_end(id: &GroupId, group: &Living, view: &View) -> Option<String> {
         return Some(format!("model {model} is now wanted as {}", shape(deployment)));
     }
     for (worker, address, _) in &group.members {
-        let Some(record) = view.workers.get(worker) else {
+        let Some(record) = view.workers.get(worker).or_else(|| lingering.get(worker)) else {
             return Some(format!("worker {worker} is gone"));
         };
         if record.grpc_address != *address {
@@ -181,10 +187,8 @@ struct Lack {
 
 /// The search for one group's members.
 struct Search<'a> {
-    view: &'a View,
-    shunned: &'a Shunned,
+    situation: &'a Situation<'a>,
     policy: &'a Policy,
-    settled_for: Duration,
     chosen: &'a BTreeMap<WorkerId, GroupId>,
 }
 
@@ -226,8 +230,8 @@ impl Search<'_> {
                     free.remove(idx);
                 }
                 None => {
-                    if exact.is_none() && self.settled_for < self.policy.settle {
-                        let again = self.policy.settle - self.settled_for;
+                    if exact.is_none() && self.situation.settled_for < self.policy.settle {
+                        let again = self.policy.settle - self.situation.settled_for;
                         let why = format!(
                             "model {model} waits {again:.1?} more for workers to come; {n} hold it"
                         );
@@ -243,12 +247,13 @@ impl Search<'_> {
     /// Everyone who holds the model, and the fingerprint most of them hold.
     fn holders(&self, model: &ModelName) -> Option<(String, Vec<(&Worker, &Held)>)> {
         let holders: Vec<(&Worker, &Held)> = self
+            .situation
             .view
             .workers
             .values()
             .filter_map(|worker| worker.models.get(model).map(|held| (worker, held)))
             .collect();
-        Some((fingerprint(self.view, model)?, holders))
+        Some((fingerprint(self.situation.view, model)?, holders))
     }
 
     /// What keeps a holder from being used.
@@ -257,7 +262,7 @@ impl Search<'_> {
         if let Some(group) = self.chosen.get(id) {
             return Some(format!("{id} is in group {group}"));
         }
-        if let Some(why) = self.shunned.get(id) {
+        if let Some(why) = self.situation.shunned.get(id) {
             return Some(format!("{id} is not used: {why}"));
         }
         if worker.draining {
@@ -298,7 +303,7 @@ impl Search<'_> {
     }
 
     fn nobody_holds(&self, model: &ModelName) -> String {
-        let view = self.view;
+        let view = self.situation.view;
         if view.workers.is_empty() {
             return format!("model {model} is held by no worker: none is registered yet");
         }

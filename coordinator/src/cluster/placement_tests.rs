@@ -76,11 +76,18 @@ struct Case<'a> {
     deployments: &'a [&'a str],
     living: &'a [&'a str],
     shunned: &'a [&'a str],
+    lingering: &'a [&'a str],
     settled_ms: u64,
 }
 
-const CASE: Case<'static> =
-    Case { workers: &[], deployments: &["m"], living: &[], shunned: &[], settled_ms: 5000 };
+const CASE: Case<'static> = Case {
+    workers: &[],
+    deployments: &["m"],
+    living: &[],
+    shunned: &[],
+    lingering: &[],
+    settled_ms: 5000,
+};
 
 impl Case<'_> {
     fn place(&self) -> Placement {
@@ -97,8 +104,15 @@ impl Case<'_> {
             .iter()
             .map(|id| (WorkerId::parse(id).unwrap(), "it does not answer".to_owned()))
             .collect();
-        let settled = Duration::from_millis(self.settled_ms);
-        place(&view, &living, &shunned, &Policy::default(), settled)
+        let lingering = self.lingering.iter().map(|spec| worker(spec));
+        let situation = Situation {
+            view: &view,
+            living: &living,
+            shunned: &shunned,
+            lingering: &lingering.map(|worker| (worker.id.clone(), worker)).collect(),
+            settled_for: Duration::from_millis(self.settled_ms),
+        };
+        place(&situation, &Policy::default())
     }
 
     /// Groups to form as `m:0 w0/1,w1/1`, groups to end as `-m:0: why`, lacks as `?why`.
@@ -190,6 +204,8 @@ fn a_living_group_stays_as_it_is_while_its_members_do() {
     Case { deployments: &["m 1:1"], ..two }.check(&[]);
     Case { shunned: &["w1"], ..two }.check(&[]);
     Case { workers: &["w0"], ..two }.check(&["-m:0: worker w1 is gone", "m:0 w0/1"]);
+    Case { workers: &["w0"], lingering: &["w1"], ..two }.check(&[]);
+    Case { workers: &["w0"], lingering: &["w1"], ..CASE }.check(&["m:0 w0/1"]);
     Case { workers: &["w0", "w1!"], ..two }.check(&["-m:0: worker w1 is draining", "m:0 w0/1"]);
     Case { workers: &["w0", "w1="], ..two }
         .check(&["-m:0: worker w1 does not hold m any more", "m:0 w0/1"]);

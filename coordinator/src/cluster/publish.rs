@@ -7,8 +7,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::records::{Group, GroupState};
+use super::state::State;
 use super::status;
-use super::supervisor::State;
 use crate::group::handle::{Directory, ReadyGroup};
 
 /// The writing ends of both watches.
@@ -85,7 +85,7 @@ fn ready_groups(state: &State) -> Vec<&Group> {
     let own = state.groups.values().filter_map(|live| live.formation.as_ref());
     let own = own.filter(|formation| formation.is_ready()).map(|formation| &formation.record);
     let theirs = state.view.groups.values().filter(|record| {
-        let alive = |worker| state.view.workers.contains_key(worker);
+        let alive = |worker| state.worker(worker).is_some();
         record.state == GroupState::Ready
             && !state.leading
             // What this coordinator follows itself it knows better, and what it saw fail too.

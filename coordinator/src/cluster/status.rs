@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::formation::Rank;
 use super::publish::why_not;
 use super::records::{Deployment, Group, GroupState, Member, Worker};
-use super::supervisor::State;
+use super::state::State;
 use crate::group::handle::Directory;
 
 /// The whole page.

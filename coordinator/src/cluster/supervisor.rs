@@ -3,7 +3,7 @@
 //! One task owns all state here; tasks that talk to workers and to the registry report to it through one channel.
 //! What should be done is decided by `placement.rs` and `formation.rs`; what is published is built in `publish.rs`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
@@ -13,13 +13,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::descriptions::{self, Descriptions};
+
 use super::formation::{Failure, Formation, Outcome};
 use super::member::{self, Join, Peer, Told};
 use super::membership::{View, fold};
-use super::placement::{self, Living, Placement, Policy, Shunned, Wanted};
+use super::placement::{self, Placement, Policy, Situation, Wanted};
 use super::publish::Publisher;
 use super::records::{Group, GroupState, Member, Worker};
 use super::registry::{Error, FollowOptions, Registry, jitter};
+use super::state::{Backoff, Lingering, Live, Shun, State};
 use super::writer::Writer;
 
 /// How groups are formed and followed.
@@ -43,6 +45,8 @@ pub struct Options {
     /// How long a worker that did not answer is left alone at first; doubles likewise.
     pub shun_min: Duration,
     pub shun_max: Duration,
+    /// How long the groups of a worker whose lease ended live on: if only the lease was lost, the worker is back soon.
+    pub linger: Duration,
     pub follow: FollowOptions,
 }
 
@@ -60,57 +64,10 @@ impl Default for Options {
             proven_after: Duration::from_secs(10),
             shun_min: Duration::from_secs(2),
             shun_max: Duration::from_secs(30),
+            linger: Duration::from_secs(3),
             follow: FollowOptions::default(),
         }
     }
-}
-
-/// A group this coordinator forms or follows.
-pub(super) struct Live {
-    /// Tells its tasks' reports from those of an earlier attempt.
-    attempt: u64,
-    wanted: Wanted,
-    members: Vec<(Worker, u32)>,
-    /// `None` until its epoch is taken.
-    pub(super) formation: Option<Formation>,
-    /// The streams of its ranks; they end with it.
-    tasks: JoinSet<()>,
-}
-
-impl Live {
-    pub(super) fn model(&self) -> &ModelName {
-        &self.wanted.model
-    }
-
-    fn living(&self) -> Living {
-        let member = |(worker, share): &(Worker, u32)| {
-            (worker.id.clone(), worker.grpc_address.clone(), *share)
-        };
-        Living {
-            model: self.wanted.model.clone(),
-            fingerprint: self.wanted.fingerprint.clone(),
-            members: self.members.iter().map(member).collect(),
-        }
-    }
-}
-
-/// What stands between a group that failed and its next attempt.
-#[derive(Debug, Clone)]
-pub(super) struct Backoff {
-    n_failures: u32,
-    not_before: Instant,
-    /// LeaveGroups still under way: only then is it known who answers.
-    n_leaving: usize,
-    pub(super) why: String,
-}
-
-/// A worker that did not answer.
-#[derive(Debug, Clone)]
-pub(super) struct Shun {
-    pub(super) until: Instant,
-    pub(super) why: String,
-    n_failures: u32,
-    process: Worker,
 }
 
 /// What tasks report.
@@ -121,33 +78,13 @@ enum Event {
     Described(descriptions::Answer),
 }
 
-/// Everything the supervisor knows; `publish.rs` reads it.
-pub(super) struct State {
-    pub(super) identity: String,
-    pub(super) registry: String,
-    pub(super) view: View,
-    pub(super) leading: bool,
-    pub(super) groups: BTreeMap<GroupId, Live>,
-    pub(super) backoff: BTreeMap<GroupId, Backoff>,
-    pub(super) shunned: BTreeMap<WorkerId, Shun>,
-    pub(super) descriptions: Descriptions,
-    pub(super) placement: Placement,
-}
-
-impl State {
-    /// Another coordinator is known to lead.
-    pub(super) fn follows(&self) -> bool {
-        !self.leading && self.view.leader.as_ref().is_some_and(|leader| *leader != self.identity)
-    }
-}
-
-struct Supervisor {
-    options: Options,
+pub(super) struct Supervisor {
+    pub(super) options: Options,
     registry: Registry,
-    state: State,
+    pub(super) state: State,
     writer: Writer,
     last_arrival: Instant,
-    next_attempt: u64,
+    pub(super) next_attempt: u64,
     reports: mpsc::Sender<Event>,
     /// LeaveGroup and Describe calls under way.
     calls: JoinSet<()>,
@@ -174,6 +111,7 @@ pub(super) async fn run(
             groups: BTreeMap::new(),
             backoff: BTreeMap::new(),
             shunned: BTreeMap::new(),
+            lingering: BTreeMap::new(),
             descriptions: Descriptions::default(),
             placement: Placement::default(),
         },
@@ -217,11 +155,16 @@ impl Supervisor {
                 self.last_arrival = now;
             }
         }
-        for id in known.keys().filter(|id| !self.state.view.workers.contains_key(*id)) {
-            tracing::info!(worker = %id, "worker is gone");
+        for (id, worker) in known {
+            if !self.state.view.workers.contains_key(&id) {
+                tracing::info!(worker = %id, "worker's lease has ended");
+                let lingering = Lingering { until: now + self.options.linger, worker };
+                self.state.lingering.insert(id, lingering);
+            }
         }
         // A worker that is gone, or another process under its name, starts with a clean sheet.
         let workers = &self.state.view.workers;
+        self.state.lingering.retain(|id, _| !workers.contains_key(id));
         self.state.shunned.retain(|id, shun| {
             workers.get(id).is_some_and(|worker| worker.is_same_process(&shun.process))
         });
@@ -264,6 +207,7 @@ impl Supervisor {
 
     /// Does what should be done now; returns when to look again.
     fn reconcile(&mut self, now: Instant) -> Instant {
+        self.state.lingering.retain(|_, lingering| lingering.until > now);
         if self.state.follows() && !self.state.groups.is_empty() {
             tracing::info!(leader = self.state.view.leader, "another coordinator leads, following");
             self.state.groups.clear();
@@ -291,24 +235,32 @@ impl Supervisor {
         let state = &self.state;
         let backoffs = state.backoff.values().map(|backoff| backoff.not_before);
         let shuns = state.shunned.values().map(|shun| shun.until);
+        let lingerings = state.lingering.values().map(|lingering| lingering.until);
         let formations = state.groups.values().filter_map(|live| live.formation.as_ref());
         let deadlines = formations.filter_map(Formation::deadline);
-        let later = backoffs.chain(shuns).chain(deadlines).filter(|&at| at > now);
+        let later = backoffs.chain(shuns).chain(lingerings).chain(deadlines).filter(|&at| at > now);
         later.chain(again.map(|wait| now + wait)).chain([now + IDLE]).min().unwrap_or(now + IDLE)
     }
 
     fn place(&mut self, now: Instant) -> Option<Duration> {
         let state = &self.state;
         let living = state.groups.iter().map(|(id, live)| (id.clone(), live.living())).collect();
-        let shunned: Shunned = state
+        let shunned = state
             .shunned
             .iter()
             .filter(|(_, shun)| shun.until > now)
             .map(|(id, shun)| (id.clone(), shun.why.clone()))
             .collect();
-        let settled_for = now.saturating_duration_since(self.last_arrival);
-        let policy = &self.options.placement;
-        let placement = placement::place(&state.view, &living, &shunned, policy, settled_for);
+        let lingering =
+            state.lingering.iter().map(|(id, gone)| (id.clone(), gone.worker.clone())).collect();
+        let situation = Situation {
+            view: &state.view,
+            living: &living,
+            shunned: &shunned,
+            lingering: &lingering,
+            settled_for: now.saturating_duration_since(self.last_arrival),
+        };
+        let placement = placement::place(&situation, &self.options.placement);
         let may_place = state.leading && state.view.known && state.view.away.is_none();
         if may_place {
             for (id, why) in &placement.retire {
@@ -317,7 +269,7 @@ impl Supervisor {
             }
             for wanted in &placement.form {
                 let waits = self.state.backoff.get(&wanted.id);
-                if waits.is_none_or(|b| b.not_before <= now && b.n_leaving == 0) {
+                if waits.is_none_or(|backoff| backoff.is_over(now)) {
                     self.form(wanted.clone());
                 }
             }
@@ -394,7 +346,7 @@ impl Supervisor {
     }
 
     /// Opens a stream to each rank of a group, all at once.
-    fn join(&mut self, id: &GroupId, token: String) {
+    pub(super) fn join(&mut self, id: &GroupId, token: String) {
         let Some(live) = self.state.groups.get_mut(id) else { return };
         let Some(formation) = &live.formation else { return };
         let peer = |(worker, share): &(Worker, u32)| Peer {
@@ -460,7 +412,7 @@ impl Supervisor {
         self.retire(formation.record, members.collect(), &failure.why);
     }
 
-    fn retire(&mut self, record: Group, members: Vec<(WorkerId, String)>, why: &str) {
+    pub(super) fn retire(&mut self, record: Group, members: Vec<(WorkerId, String)>, why: &str) {
         let (id, epoch) = (record.id.clone(), record.epoch);
         self.writer.write(Group { state: GroupState::Retired, reason: why.to_owned(), ..record });
         for (worker, address) in members {
@@ -473,7 +425,7 @@ impl Supervisor {
         }
     }
 
-    fn back_off(
+    pub(super) fn back_off(
         &mut self,
         id: &GroupId,
         failure: &Failure,
@@ -486,7 +438,8 @@ impl Supervisor {
         let pause = doubled(self.options.backoff_min, n_failures - 1, self.options.backoff_max);
         let not_before = now + jitter(pause);
         let why = failure.why.clone();
-        let backoff = Backoff { n_failures, not_before, n_leaving, why };
+        let left_by = now + self.options.member.leave_timeout * 2;
+        let backoff = Backoff { n_failures, not_before, n_leaving, left_by, why };
         self.state.backoff.insert(id.clone(), backoff);
     }
 
@@ -503,95 +456,6 @@ impl Supervisor {
         self.state.shunned.insert(id.clone(), shun);
     }
 
-    /// Takes over what an earlier leader left: ready groups whose members are all here live on under their epoch.
-    fn adopt(&mut self, now: Instant) {
-        if !self.state.leading || !self.state.view.known {
-            return;
-        }
-        let left: Vec<Group> = self
-            .state
-            .view
-            .groups
-            .values()
-            .filter(|group| group.state != GroupState::Retired)
-            .filter(|group| !self.state.groups.contains_key(&group.id))
-            .filter(|group| !self.state.backoff.contains_key(&group.id))
-            .cloned()
-            .collect();
-        for record in left {
-            match self.adoptable(&record) {
-                Ok((members, fingerprint)) => self.take_over(record, members, fingerprint, now),
-                Err(why) => {
-                    tracing::warn!(group = %record.id, epoch = %record.epoch, why, "not taken over");
-                    let members = &record.members;
-                    let members: Vec<(WorkerId, String)> = members
-                        .iter()
-                        .map(|m| (m.worker.clone(), m.grpc_address.clone()))
-                        .collect();
-                    let failure = Failure { why: why.clone(), unreachable: None };
-                    self.back_off(&record.id, &failure, Duration::ZERO, members.len(), now);
-                    self.retire(record, members, &why);
-                }
-            }
-        }
-    }
-
-    /// The members of a recorded group as they are registered now, and the file they serve.
-    fn adoptable(&self, record: &Group) -> Result<(Vec<(Worker, u32)>, String), String> {
-        if record.state != GroupState::Ready {
-            return Err("the coordinator that formed it is gone".to_owned());
-        }
-        let mut members = Vec::new();
-        let mut files = BTreeSet::new();
-        for member in &record.members {
-            let worker = self.state.view.workers.get(&member.worker);
-            let Some(worker) = worker.filter(|w| w.grpc_address == member.grpc_address) else {
-                return Err(format!("worker {} is gone", member.worker));
-            };
-            let Some(held) = worker.models.get(&record.model) else {
-                return Err(format!(
-                    "worker {} does not hold {} any more",
-                    worker.id, record.model
-                ));
-            };
-            files.insert(held.fingerprint.clone());
-            members.push((worker.clone(), member.share));
-        }
-        match (files.pop_first(), files.pop_first()) {
-            (Some(file), None) => Ok((members, file)),
-            _ => Err(format!("its workers hold different files as {}", record.model)),
-        }
-    }
-
-    fn take_over(
-        &mut self,
-        record: Group,
-        members: Vec<(Worker, u32)>,
-        fingerprint: String,
-        now: Instant,
-    ) {
-        let id = record.id.clone();
-        tracing::info!(group = %id, epoch = %record.epoch, "taking over group");
-        self.next_attempt += 1;
-        let wanted = Wanted {
-            id: id.clone(),
-            model: record.model.clone(),
-            fingerprint,
-            members: members.iter().map(|(worker, share)| (worker.id.clone(), *share)).collect(),
-        };
-        let formation = Formation::new(record, now, self.options.adopt_timeout);
-        let live = Live {
-            attempt: self.next_attempt,
-            wanted,
-            members,
-            formation: Some(formation),
-            tasks: JoinSet::new(),
-        };
-        self.state.groups.insert(id.clone(), live);
-        // Attaching shows no secret: a worker that does not serve this epoch must refuse.
-        self.join(&id, String::new());
-    }
-
     /// Asks for the description of every deployed model that is not known yet.
     fn describe(&mut self, now: Instant) {
         let state = &mut self.state;
@@ -603,7 +467,7 @@ impl Supervisor {
                 continue;
             };
             let holders = state.view.workers.values().filter(|worker| {
-                !state.shunned.get(&worker.id).is_some_and(|shun| shun.until > now)
+                state.shunned.get(&worker.id).is_none_or(|shun| shun.until <= now)
                     && worker.models.get(&model).is_some_and(|held| held.fingerprint == file)
             });
             let holders: Vec<String> = holders.map(|worker| worker.grpc_address.clone()).collect();

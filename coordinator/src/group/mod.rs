@@ -1,3 +1,4 @@
 //! Groups as the request path sees them: what is ready (handle.rs) and the one stream to a lead rank (stream.rs).
 
 pub mod handle;
+pub mod stream;

@@ -2,5 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod forming;
+mod rig;
+mod suite;
 mod support;
 mod worker;

@@ -19,13 +19,13 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const MODEL: &str = "tiny";
 
 /// Waits until `seen` finds what it looks for in a watched value.
-pub async fn until<T: Clone, R>(
+pub async fn until<T, R>(
     what: &str,
     reader: &mut watch::Receiver<T>,
     mut seen: impl FnMut(&T) -> Option<R>,
 ) -> R
 where
-    T: std::fmt::Debug,
+    T: Clone + std::fmt::Debug,
 {
     let found = async {
         loop {
@@ -60,6 +60,7 @@ pub fn options(registry: Place) -> cluster::Options {
     options.supervisor.placement.settle = Duration::from_millis(200);
     options.supervisor.backoff_min = Duration::from_millis(20);
     options.supervisor.backoff_max = Duration::from_millis(500);
+    options.supervisor.linger = Duration::from_secs(1);
     options.supervisor.member = member::Options {
         connect_timeout: Duration::from_secs(1),
         leave_timeout: Duration::from_secs(1),
@@ -74,23 +75,32 @@ pub struct Coordinator {
     pub directory: watch::Receiver<Arc<Directory>>,
     pub status: watch::Receiver<Arc<serde_json::Value>>,
     pub handles: Handles,
-    pub shutdown: CancellationToken,
     runtime: Option<Runtime>,
 }
 
 impl Coordinator {
     pub async fn start(options: cluster::Options) -> Self {
         let runtime = runtime();
-        let shutdown = CancellationToken::new();
-        let started = runtime.spawn(cluster::start(options, shutdown.clone()));
+        let started = runtime.spawn(cluster::start(options, CancellationToken::new()));
         let handles = started.await.unwrap().unwrap();
         Self {
             directory: handles.directory.clone(),
             status: handles.status.clone(),
             handles,
-            shutdown,
             runtime: Some(runtime),
         }
+    }
+
+    /// Starts once the address of its registry is free: who was killed there may still be going.
+    pub async fn start_when_free(options: cluster::Options) -> Self {
+        let Place::Embedded { listen } = options.registry else { panic!("no address to wait for") };
+        let free = async {
+            while tokio::net::TcpListener::bind(listen).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, free).await.expect("the address becomes free");
+        Self::start(options).await
     }
 
     /// With a registry of its own.

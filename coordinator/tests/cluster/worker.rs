@@ -64,7 +64,6 @@ struct Peer {
 
 /// Handle to a scripted worker.
 pub struct ScriptedWorker {
-    pub id: String,
     pub address: SocketAddr,
     script: Arc<Mutex<Script>>,
     calls: watch::Receiver<usize>,
@@ -99,8 +98,7 @@ impl ScriptedWorker {
         options.load_interval = Duration::from_millis(200);
         let (record, load) = (record(id, address), load(Arc::clone(&serving)));
         runtime.spawn(registration::run(options, record, load, registered.clone()));
-        let id = id.to_owned();
-        Self { id, address, script, calls, serving, registered, runtime: Some(runtime) }
+        Self { address, script, calls, serving, registered, runtime: Some(runtime) }
     }
 
     pub async fn start(id: &str, registry: &str) -> Self {

@@ -1,0 +1,86 @@
+# The doors. Continuous integration opens the same ones (.ci/run).
+#
+#   make run     fetch the demo model, build, start a cluster of two workers, ask it one question, serve until Ctrl-C
+#   make smoke   the same, but end after the answer
+#   make test    everything that must hold: format, lints, tests of all parts and of the whole system, docs
+#   make check   make test, and cargo-deny where it is installed
+#   make bench   decode speed and latency of a two-worker cluster on this machine
+#
+# Needed: a Rust toolchain, Python 3 with pip, a C compiler, and the network for what is fetched once into .cache/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+EVENER := $(TARGET)/release/evener
+MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+SDK_PYTHON := $(CURDIR)/.cache/sdk/python
+QUESTION := What is the capital of France?
+# Options of `evener up` to add, such as ARGS="--shares 2:1 --listen 127.0.0.1:9090".
+ARGS ?=
+
+.PHONY: run smoke test check bench deny model etcd sdk release fmt lint unit docs clean help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+model:
+	@$(PYTHON) scripts/fetch-model
+
+etcd:
+	@scripts/fetch-etcd
+
+sdk:
+	@scripts/sdk-env
+
+release:
+	$(CARGO) build --release -p evener
+
+run: model release
+	$(EVENER) up --model $(MODEL) --workers 2 --ask "$(QUESTION)" $(ARGS)
+
+smoke: model release
+	$(EVENER) up --model $(MODEL) --workers 2 --listen 127.0.0.1:0 --ask "$(QUESTION)" \
+	    --exit-after-answer $(ARGS) | tee .cache/smoke.txt
+	@grep -q Paris .cache/smoke.txt || { echo "the answer does not name Paris" >&2; exit 1; }
+
+fmt:
+	$(CARGO) fmt --all --check
+
+lint:
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# One build serves unit, integration and system tests: the system tests start the binary that this build leaves in the
+# target directory.
+unit: model etcd sdk
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+	    EVENER_SDK_PYTHON=$(SDK_PYTHON) $(CARGO) nextest run --workspace --no-fail-fast; \
+	    $(CARGO) test --workspace --doc; \
+	else \
+	    EVENER_SDK_PYTHON=$(SDK_PYTHON) $(CARGO) test --workspace --no-fail-fast; \
+	fi
+
+docs:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+test: fmt lint unit docs
+
+check: test deny
+
+deny:
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+	    $(CARGO) deny check; \
+	else \
+	    echo "cargo-deny is not installed, so advisories and bans were not checked;" \
+	        "licences and sources are checked by tests/tests/licences.rs in any case"; \
+	fi
+
+bench: model release
+	$(EVENER) bench --model $(MODEL) --workers 2 --threads 1 $(ARGS)
+
+clean:
+	$(CARGO) clean
+	rm -rf .cache

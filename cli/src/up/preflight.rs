@@ -1,0 +1,151 @@
+//! What can be known before any process is started: the model opens, the shares split, memory suffices, the port is free.
+//!
+//! Every refusal says what was asked, what stood against it and what would work.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use evener_proto::ids::ModelName;
+use evener_worker::checkpoint::Checkpoint;
+use evener_worker::model::shard;
+
+use super::Shape;
+use crate::models;
+use crate::plan;
+use crate::ports::{self, Reserved};
+use crate::values::{Bytes, Registry};
+
+/// Tokens of KV cache that a worker must at least have room for, over all sequences.
+const MIN_KV_TOKENS: u64 = 512;
+/// A worker's own needs beside weights and cache: code, buffers, tokenizer, the runtime.
+const WORKER_OVERHEAD_BYTES: u64 = 32 << 20;
+
+/// A cluster that can be started.
+#[derive(Debug)]
+pub struct Plan {
+    pub shape: Shape,
+    pub model: PathBuf,
+    pub name: ModelName,
+    /// By rank.
+    pub shares: Vec<u32>,
+    /// Of each worker.
+    pub threads: usize,
+    /// Of each rank's weights, bytes.
+    pub weight_bytes: Vec<u64>,
+    /// What `--memory` leaves each rank for its KV cache, bytes; empty where the workers choose.
+    pub kv_bytes: Vec<u64>,
+    pub http: Reserved,
+    /// Where the coordinator offers its embedded registry; none with etcd.
+    pub registry: Option<Reserved>,
+}
+
+impl Plan {
+    pub fn check(shape: &Shape, listen: SocketAddr) -> anyhow::Result<Self> {
+        let shares = shares(shape)?;
+        let threads = threads(shape, shares.len())?;
+        let model = models::resolve(&shape.model)?;
+        let name = models::served_name(&model, shape.name.as_deref())?;
+        let checkpoint = Checkpoint::open(&model).context("the model cannot be served")?;
+        let split = shard::split(&checkpoint.config, &shares)?;
+        let weight_bytes = (0..shares.len())
+            .map(|rank| plan::rank_bytes(&checkpoint, &split, rank))
+            .collect::<anyhow::Result<Vec<u64>>>()?;
+        let kv_bytes = check_memory(shape, &checkpoint, &weight_bytes)?;
+        let http = ports::reserve(listen)?;
+        let registry = match &shape.registry {
+            Registry::Embedded => Some(ports::reserve(SocketAddr::from(([127, 0, 0, 1], 0)))?),
+            Registry::Etcd(_) => None,
+            Registry::EmbeddedAt(address) => bail!(
+                "--registry embedded://{address} is another coordinator's registry, and `evener up` \
+                 starts its own coordinator; write embedded, or join that one with `evener worker`"
+            ),
+        };
+        let shape = shape.clone();
+        Ok(Self { shape, model, name, shares, threads, weight_bytes, kv_bytes, http, registry })
+    }
+}
+
+fn shares(shape: &Shape) -> anyhow::Result<Vec<u32>> {
+    match (&shape.shares, shape.workers) {
+        (_, Some(0)) => bail!("--workers 0 asks for no worker; a model needs at least 1"),
+        (None, workers) => {
+            let n = workers.unwrap_or(2);
+            if n > shard::MAX_WORLD_SIZE {
+                bail!(
+                    "--workers {n} is more than a group can have; at most {}",
+                    shard::MAX_WORLD_SIZE
+                );
+            }
+            Ok(vec![1; n])
+        }
+        (Some(shares), Some(workers)) if shares.0.len() != workers => bail!(
+            "--shares {shares} names {} workers and --workers asks for {workers}; write {workers} \
+             shares, or leave --workers out",
+            shares.0.len()
+        ),
+        (Some(shares), _) => Ok(shares.0.clone()),
+    }
+}
+
+fn threads(shape: &Shape, n_workers: usize) -> anyhow::Result<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    match shape.threads {
+        Some(0) => bail!("--threads 0 leaves a worker nothing to compute with; write 1 or more"),
+        Some(n) if n > 1024 => bail!("--threads {n} is more than a worker can have; at most 1024"),
+        Some(n) => Ok(n),
+        None => Ok((cores / n_workers).max(1)),
+    }
+}
+
+/// What each rank may use for its KV cache, if that is bounded.
+fn check_memory(
+    shape: &Shape,
+    checkpoint: &Checkpoint,
+    weight_bytes: &[u64],
+) -> anyhow::Result<Vec<u64>> {
+    let n_ranks = weight_bytes.len() as u64;
+    let kv = checkpoint.description.kv_bytes_per_token * MIN_KV_TOKENS / n_ranks;
+    let needs: Vec<u64> = weight_bytes.iter().map(|w| w + kv + WORKER_OVERHEAD_BYTES).collect();
+    if let Some(memory) = shape.memory {
+        for (rank, &need) in needs.iter().enumerate() {
+            if need > memory.0 {
+                bail!(
+                    "worker w{rank} may use {memory} and needs at least {}: {} for its part of the \
+                     weights, {} for the cache of {MIN_KV_TOKENS} tokens and {} for itself; raise \
+                     --memory, add workers, or give this one a smaller share",
+                    Bytes(need),
+                    Bytes(weight_bytes[rank]),
+                    Bytes(kv),
+                    Bytes(WORKER_OVERHEAD_BYTES)
+                );
+            }
+        }
+    }
+    let (need, available) = (needs.iter().sum::<u64>(), available_memory());
+    if let Some(available) = available.filter(|&available| need > available) {
+        bail!(
+            "{n_ranks} workers need at least {} together and this machine has {} available; free \
+             some memory, or serve a smaller model",
+            Bytes(need),
+            Bytes(available)
+        );
+    }
+    let kv_of = |weights: &u64| shape.memory.map(|m| m.0 - weights - WORKER_OVERHEAD_BYTES);
+    Ok(weight_bytes.iter().filter_map(kv_of).collect())
+}
+
+/// Bytes that new processes can use: the kernel's estimate, within this control group's limit.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let machine = meminfo.lines().find_map(|line| {
+        let kib = line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?;
+        kib.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    })?;
+    let read = |name: &str| {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let group = read("memory.max").zip(read("memory.current"));
+    Some(group.map_or(machine, |(max, used)| machine.min(max.saturating_sub(used))))
+}

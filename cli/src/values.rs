@@ -1,0 +1,204 @@
+//! Checked values of options: shares, sizes, registries. Parsed once at the command line, never checked again.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+/// Weights of the ranks in a split, `2:1`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shares(pub Vec<u32>);
+
+impl FromStr for Shares {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let share = |part: &str| match part.trim().parse::<u32>() {
+            Ok(0) => Err(format!("a share of `{text}` is 0; every worker needs at least 1")),
+            Ok(n) => Ok(n),
+            Err(_) => Err(format!(
+                "`{part}` in `{text}` is not a share; write whole numbers from 1 up, such as 2:1"
+            )),
+        };
+        text.split(':').map(share).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for Shares {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts: Vec<String> = self.0.iter().map(u32::to_string).collect();
+        f.write_str(&parts.join(":"))
+    }
+}
+
+/// A number of bytes, written `1.5GiB`, `512MiB`, `64MB` or plain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+const UNITS: [(&str, u64); 7] = [
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+    ("TiB", 1 << 40),
+    ("KB", 1_000),
+    ("MB", 1_000_000),
+    ("GB", 1_000_000_000),
+];
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refuse =
+            || format!("`{text}` is not a size; write for example 512MiB, 1.5GiB or 1000000");
+        let (number, unit) = UNITS
+            .iter()
+            .find_map(|&(name, unit)| text.strip_suffix(name).map(|number| (number, unit)))
+            .unwrap_or((text.strip_suffix('B').unwrap_or(text), 1));
+        let number: f64 = number.trim().parse().map_err(|_| refuse())?;
+        let bytes = number * unit as f64;
+        if !(bytes >= 1.0 && bytes < u64::MAX as f64) {
+            return Err(refuse());
+        }
+        Ok(Self(bytes as u64))
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, unit) = match self.0 {
+            n if n >= 1 << 30 => ("GiB", 1u64 << 30),
+            n if n >= 1 << 20 => ("MiB", 1 << 20),
+            n if n >= 1 << 10 => ("KiB", 1 << 10),
+            n => return write!(f, "{n} B"),
+        };
+        write!(f, "{:.1} {name}", self.0 as f64 / unit as f64)
+    }
+}
+
+/// Where membership and load stand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Registry {
+    /// In the coordinator that reads this.
+    Embedded,
+    /// In the coordinator at this `host:port`.
+    EmbeddedAt(String),
+    /// In an etcd cluster; `host:port` of its members.
+    Etcd(Vec<String>),
+}
+
+impl FromStr for Registry {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address = |text: &str| match text.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0) => {
+                Ok(text.to_owned())
+            }
+            _ => Err(format!("`{text}` is not HOST:PORT, for example 127.0.0.1:2379")),
+        };
+        if text == "embedded" {
+            Ok(Self::Embedded)
+        } else if let Some(rest) = text.strip_prefix("embedded://") {
+            address(rest).map(Self::EmbeddedAt)
+        } else if let Some(rest) = text.strip_prefix("etcd://") {
+            rest.split(',').map(address).collect::<Result<_, _>>().map(Self::Etcd)
+        } else {
+            Err(format!(
+                "`{text}` is not a registry; write embedded, embedded://HOST:PORT or \
+                 etcd://HOST:PORT[,HOST:PORT]"
+            ))
+        }
+    }
+}
+
+impl fmt::Display for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded => f.write_str("embedded"),
+            Self::EmbeddedAt(address) => write!(f, "embedded://{address}"),
+            Self::Etcd(addresses) => write!(f, "etcd://{}", addresses.join(",")),
+        }
+    }
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// Evener's own kernels.
+    Cpu,
+    /// Every operation in plain candle tensors: slow, obvious, the truth the others are tested against.
+    Reference,
+}
+
+/// How ranks of one host talk to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// Shared memory within a host, TCP between hosts.
+    Auto,
+    /// TCP everywhere.
+    Tcp,
+    /// Shared memory, or refuse.
+    Shm,
+}
+
+macro_rules! written_as_text {
+    ($($name:ident),*) => {$(
+        impl Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    )*};
+}
+written_as_text!(Shares, Registry);
+
+impl Serialize for Bytes {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+/// The value of a flag as text.
+pub fn flag(value: impl clap::ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_whole_numbers_from_one() {
+        assert_eq!("3:2:2".parse::<Shares>().unwrap(), Shares(vec![3, 2, 2]));
+        for bad in ["", ":", "2:", "1:0", "a:1", "-1", "1.5"] {
+            assert!(bad.parse::<Shares>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [("1", 1), ("64MB", 64_000_000), ("1.5KiB", 1536), ("2 GiB", 2 << 30)]
+        {
+            assert_eq!(text.parse::<Bytes>().unwrap(), Bytes(bytes), "{text}");
+        }
+        for bad in ["", "0", "-1", "x", "1XB", "nan", "1e300"] {
+            assert!(bad.parse::<Bytes>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn registries_are_written_as_they_are_read() {
+        for good in ["embedded", "embedded://h:1", "etcd://a:1,b:2"] {
+            assert_eq!(good.parse::<Registry>().unwrap().to_string(), good);
+        }
+        for bad in
+            ["", "etcd", "etcd://", "etcd://a", "etcd://a:0", "embedded://:1", "consul://a:1"]
+        {
+            assert!(bad.parse::<Registry>().is_err(), "{bad:?} was accepted");
+        }
+    }
+}

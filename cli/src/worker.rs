@@ -1,0 +1,142 @@
+//! `evener worker`: one rank of a group, as one process with one device.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use evener_proto::ids::WorkerId;
+use evener_worker::{backend, config, registration};
+use serde::Serialize;
+
+use crate::models;
+use crate::signals;
+use crate::values::{Backend, Bytes, Registry, Transport};
+
+const EXAMPLES: &str = "Examples:
+  evener worker --model SmolLM2-135M-Instruct.Q4_1.gguf --registry embedded://127.0.0.1:8081
+  evener worker --model llama=/models/llama.gguf --registry etcd://10.0.0.1:2379 \\
+      --listen 10.0.0.7:9000 --collective-listen 10.0.0.7:9001 --threads 8
+
+A worker holds model files and waits; the coordinator decides which group it joins and which
+part of the model it loads. It stays when the registry or the coordinator goes away.";
+
+#[derive(Debug, Clone, Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(after_help = EXAMPLES)]
+pub struct Options {
+    /// Name of this worker in its cluster; ranks follow the order of names. Default: host name and process id.
+    #[arg(long, env = "EVENER_ID")]
+    pub id: Option<String>,
+    /// Model it can serve: PATH of a GGUF file, or NAME=PATH; may be repeated. NAME defaults to the file's stem.
+    #[arg(
+        long,
+        env = "EVENER_MODEL",
+        value_name = "[NAME=]PATH",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub model: Vec<String>,
+    /// Where membership stands: embedded://HOST:PORT of a coordinator, or etcd://HOST:PORT[,HOST:PORT].
+    #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded://127.0.0.1:8081")]
+    pub registry: Registry,
+    /// Address at which the coordinator reaches it; port 0 takes any free one.
+    #[arg(long, env = "EVENER_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Address at which other ranks reach it; port 0 takes any free one.
+    #[arg(long, env = "EVENER_COLLECTIVE_LISTEN", default_value = "127.0.0.1:0")]
+    pub collective_listen: SocketAddr,
+    /// What computes.
+    #[arg(long, env = "EVENER_BACKEND", value_enum, default_value_t = Backend::Cpu)]
+    pub backend: Backend,
+    /// Threads that compute; default: one per core.
+    #[arg(long, env = "EVENER_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+    /// How ranks of one host exchange partial sums.
+    #[arg(long, env = "EVENER_TRANSPORT", value_enum, default_value_t = Transport::Auto)]
+    pub transport: Transport,
+    /// Memory of its KV cache, such as 2GiB; default: what full contexts need, at most a quarter of what is available.
+    #[arg(long, env = "EVENER_KV_MEMORY", value_name = "SIZE")]
+    pub kv_memory: Option<Bytes>,
+    /// Sequences that run at once; more wait.
+    #[arg(long, env = "EVENER_MAX_RUNNING", value_name = "N", default_value_t = 32)]
+    pub max_running: usize,
+    /// Tokens of one step, over all its sequences.
+    #[arg(long, env = "EVENER_MAX_BATCH_TOKENS", value_name = "N", default_value_t = 512)]
+    pub max_batch_tokens: usize,
+    /// Host by which others reach it, where that is not the address it listens on.
+    #[arg(long, env = "EVENER_ADVERTISE_HOST", value_name = "HOST")]
+    pub advertise_host: Option<String>,
+    /// Longest wait for running sequences when asked to stop, in seconds.
+    #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
+    pub drain_timeout: u32,
+}
+
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let shutdown = signals::shutdown_token()?;
+    evener_worker::run(options.into_worker()?, shutdown).await?;
+    Ok(())
+}
+
+impl Options {
+    fn into_worker(self) -> anyhow::Result<config::Options> {
+        if self.registry == Registry::Embedded {
+            bail!(
+                "--registry embedded says nothing to a worker: name the coordinator that holds it, \
+                 embedded://HOST:PORT (its --registry-listen)"
+            );
+        }
+        let place = registration::Place::parse(&self.registry.to_string())?;
+        let id = match &self.id {
+            Some(id) => WorkerId::parse(id)?,
+            None => default_id()?,
+        };
+        let models = self.model.iter().map(|m| held(m)).collect::<anyhow::Result<_>>()?;
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let mut options = config::Options::new(id, models);
+        options.listen = self.listen;
+        options.collective_listen = self.collective_listen;
+        options.advertise_host = self.advertise_host;
+        options.backend = match self.backend {
+            Backend::Cpu => backend::Kind::Cpu,
+            Backend::Reference => backend::Kind::Reference,
+        };
+        options.threads = self.threads.unwrap_or(cores);
+        options.transport = match self.transport {
+            Transport::Auto => config::Transport::Auto,
+            Transport::Tcp => config::Transport::Tcp,
+            Transport::Shm => config::Transport::Shm,
+        };
+        options.kv_memory_bytes = self.kv_memory.map(|bytes| bytes.0);
+        options.max_running = self.max_running;
+        options.max_batch_tokens = self.max_batch_tokens;
+        options.registry = Some(registration::Options::at(place));
+        options.drain_timeout = Duration::from_secs(self.drain_timeout.into());
+        Ok(options)
+    }
+}
+
+/// `NAME=PATH`, or a path or name as everywhere.
+fn held(text: &str) -> anyhow::Result<config::Model> {
+    let (name, path) = match text.split_once('=') {
+        Some((name, path)) if !Path::new(text).is_file() => (Some(name), path),
+        _ => (None, text),
+    };
+    let path = models::resolve(path)?;
+    Ok(config::Model { name: models::served_name(&path, name)?, path })
+}
+
+/// The host's name, so that people know it again, and the process id, so that a host may run several.
+fn default_id() -> anyhow::Result<WorkerId> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host: String = host
+        .trim()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' })
+        .take(64)
+        .collect();
+    let id = format!("{host}-{}", std::process::id());
+    WorkerId::parse(&id)
+        .with_context(|| format!("`{id}` cannot be this worker's name; give one with --id"))
+}

@@ -1,0 +1,10 @@
+//! The system tests: one binary, because each starts real clusters and links the same client.
+
+mod drain;
+mod failures;
+mod first_light;
+mod refusals;
+mod registries;
+mod requests;
+mod sdk;
+mod splits;
