@@ -1,8 +1,9 @@
-//! A request that is valid by construction, and its run: route, submit, forward tokens, resume if interrupted.
+//! A request that is valid by construction, and its run: route, submit, forward tokens, resume if
+//! interrupted.
 //!
-//! A token depends on (weights, prompt, seed, position) only. So when a group is lost, the prompt with the tokens
-//! generated so far is submitted to another ready group and goes on with the very tokens that would have come. Text
-//! of users is never logged here. Called by http; knows no HTTP.
+//! A token depends on (weights, prompt, seed, position) only. So when a group is lost, the prompt
+//! with the tokens generated so far is submitted to another ready group and goes on with the very
+//! tokens that would have come. Text of users is never logged here. Called by http; knows no HTTP.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -174,7 +175,8 @@ impl Generation {
     /// The same request as another of its n choices: choice 0 has the request's own seed.
     #[must_use]
     pub fn choice(&self, idx: u32) -> Self {
-        // Far apart (2^64 divided by the golden ratio), so that no sum with a position meets a neighbour.
+        // Far apart (2^64 divided by the golden ratio), so that no sum with a position meets a
+        // neighbour.
         let step = 0x9E37_79B9_7F4A_7C15u64.wrapping_mul(u64::from(idx));
         let mut other = self.clone();
         other.sampling.seed = self.sampling.seed.wrapping_add(step);
@@ -345,10 +347,10 @@ impl Run {
         let epoch = sequence.epoch();
         let result = tokio::select! {
             result = sequence.next() => result,
-            () = replaced(&mut self.runner.directory, group, epoch) => Err(stream::Error::Interrupted {
-                epoch,
-                reason: "a newer epoch of its group is ready".to_owned(),
-            }),
+            () = replaced(&mut self.runner.directory, group, epoch) => {
+                let reason = "a newer epoch of its group is ready".to_owned();
+                Err(stream::Error::Interrupted { epoch, reason })
+            }
         };
         match result {
             Ok(event) => {
@@ -392,7 +394,8 @@ impl Run {
             self.waiting_since = Instant::now();
         }
         self.n_attempts += 1;
-        info!(%epoch, n_generated = self.generated.len(), "sequence interrupted, looking for a group");
+        let n_generated = self.generated.len();
+        info!(%epoch, n_generated, "sequence interrupted, looking for a group");
         Ok(())
     }
 
@@ -554,8 +557,8 @@ fn extend(delta: &mut Delta, piece: Piece<Token>) -> bool {
     piece.stopped
 }
 
-/// Returns when the directory shows a newer epoch of this group: what the old one still says no longer counts. Waits
-/// for ever otherwise; its caller has the deadline.
+/// Returns when the directory shows a newer epoch of this group: what the old one still says no
+/// longer counts. Waits for ever otherwise; its caller has the deadline.
 async fn replaced(directory: &mut watch::Receiver<Arc<Directory>>, id: &GroupId, epoch: Epoch) {
     let newer =
         |d: &Arc<Directory>| d.groups.iter().any(|group| group.id == *id && group.epoch > epoch);

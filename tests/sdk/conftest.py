@@ -1,7 +1,7 @@
 """The real `openai` package against a running Evener.
 
-EVENER_URL is the server's base URL (http://127.0.0.1:8080), EVENER_MODEL the model to ask. Nothing here depends on what
-a model says: tests compare answers with each other, not with a text.
+EVENER_URL is the server's base URL (http://127.0.0.1:8080), EVENER_MODEL the model to ask. Nothing
+here depends on what a model says: tests compare answers with each other, not with a text.
 """
 
 import os

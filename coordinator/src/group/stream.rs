@@ -1,8 +1,8 @@
 //! The one gRPC stream this coordinator has to the lead rank of a group: requests in, tokens out.
 //!
-//! All requests share it, told apart by number. Dropping a [`Sequence`] cancels it at the lead; losing the lead
-//! interrupts every sequence of the stream. Generated types stop here. Called by generation.rs; decides nothing
-//! about where a request goes or whether it is tried again.
+//! All requests share it, told apart by number. Dropping a [`Sequence`] cancels it at the lead;
+//! losing the lead interrupts every sequence of the stream. Generated types stop here. Called by
+//! generation.rs; decides nothing about where a request goes or whether it is tried again.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -27,7 +27,8 @@ use super::handle::{Directory, ReadyGroup};
 pub struct Options {
     /// For connecting to a lead and opening the stream. Default 2 s.
     pub connect_timeout: Duration,
-    /// Between HTTP/2 pings; with the timeout below, a silent lead is noticed in their sum. Default 1 s.
+    /// Between HTTP/2 pings; with the timeout below, a silent lead is noticed in their sum. Default
+    /// 1 s.
     pub keepalive_interval: Duration,
     /// For the answer to a ping. Default 1 s.
     pub keepalive_timeout: Duration,
@@ -491,14 +492,19 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
     };
     let token = |token: wire::TokenOut| Token {
         id: token.id,
-        logprob: token.logprob,
-        top: token.top.into_iter().map(|top| (top.id, top.logprob)).collect(),
+        logprob: finite(token.logprob),
+        top: token.top.into_iter().map(|top| (top.id, finite(top.logprob))).collect(),
     };
     Ok(Ok(Event {
         prompt_tokens: event.prompt_tokens.into_iter().map(token).collect(),
         tokens: event.tokens.into_iter().map(token).collect(),
         finish,
     }))
+}
+
+/// JSON has no infinity; OpenAI writes -9999 for a token that cannot come.
+fn finite(logprob: f32) -> f32 {
+    if logprob.is_finite() { logprob } else { -9999.0 }
 }
 
 fn describe(status: &tonic::Status) -> String {

@@ -1,7 +1,8 @@
-//! Tokens in, the text of the answer out: decoding, stop strings, and which tokens each piece of text is made of.
+//! Tokens in, the text of the answer out: decoding, stop strings, and which tokens each piece of
+//! text is made of.
 //!
-//! Pure. A token is given out when text of it is, so that logprobs never show what a stop string cut away. Called by
-//! generation.rs.
+//! Pure. A token is given out when text of it is, so that logprobs never show what a stop string
+//! cut away. Called by generation.rs.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

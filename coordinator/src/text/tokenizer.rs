@@ -1,13 +1,15 @@
-//! Tokens to and from text: encoding that keeps users' text apart from special tokens, and decoding token by token.
+//! Tokens to and from text: encoding that keeps users' text apart from special tokens, and decoding
+//! token by token.
 //!
-//! **Special tokens in users' text.** A chat template prints special tokens (`<|im_start|>`) around what users wrote.
-//! If a user writes one, it must stay plain text, or the user could forge a role. So: before rendering, each special
-//! token inside users' text is broken by a *mark*, a private character found in none of the texts ([`Guard`]). The
-//! template sees the text otherwise as it is, so its `trim`, `in` or `split` work. After rendering, special tokens
-//! still whole are the template's own; the text is cut there, marks are removed, and each stretch between two special
-//! tokens is encoded in one go with special tokens switched off. The joints of template text and user text lie inside
-//! such a stretch, so pre-tokenisation and merges across them are those of the whole text. Where no text needed a
-//! mark, the rendered text is encoded at once.
+//! **Special tokens in users' text.** A chat template prints special tokens (`<|im_start|>`) around
+//! what users wrote. If a user writes one, it must stay plain text, or the user could forge a role.
+//! So: before rendering, each special token inside users' text is broken by a *mark*, a private
+//! character found in none of the texts ([`Guard`]). The template sees the text otherwise as it is,
+//! so its `trim`, `in` or `split` work. After rendering, special tokens still whole are the
+//! template's own; the text is cut there, marks are removed, and each stretch between two special
+//! tokens is encoded in one go with special tokens switched off. The joints of template text and
+//! user text lie inside such a stretch, so pre-tokenisation and merges across them are those of the
+//! whole text. Where no text needed a mark, the rendered text is encoded at once.
 //!
 //! Called by text/mod.rs and output.rs; knows no template and no HTTP.
 
@@ -78,6 +80,8 @@ pub struct Tokenizer {
     special_ids: HashSet<u32>,
     /// Put before prompts that are text, unless they begin with it.
     bos: Option<u32>,
+    /// Of the vocabulary's longest token.
+    max_token_bytes: usize,
     /// Tokens are bytes in GPT-2's alphabet, so decoding needs no neighbours.
     byte_level: bool,
 }
@@ -109,7 +113,9 @@ impl Tokenizer {
         let byte_level =
             matches!(open.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
         let specials = Specials::new(specials);
-        Ok(Self { open, plain, specials, special_ids, bos, byte_level })
+        let longest = open.get_vocab(true).keys().map(String::len).max();
+        let max_token_bytes = longest.unwrap_or(1).max(1);
+        Ok(Self { open, plain, specials, special_ids, bos, max_token_bytes, byte_level })
     }
 
     /// A raw prompt: whoever sends one writes the special tokens too.
@@ -126,6 +132,15 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// No encoding of a text of so many bytes is shorter.
+    #[must_use]
+    pub fn least_tokens(&self, n_bytes: usize) -> usize {
+        // A normaliser may shrink the text, and strip flags may swallow blanks.
+        let shrinks = self.open.get_normalizer().is_some()
+            || self.specials.list.iter().any(|special| special.lstrip || special.rstrip);
+        if shrinks { 0 } else { n_bytes / self.max_token_bytes }
+    }
+
     /// Chooses the mark for these texts.
     ///
     /// # Errors
@@ -139,7 +154,8 @@ impl Tokenizer {
         Ok(Guard { specials: &self.specials, mark })
     }
 
-    /// Rendered text whose special tokens are the template's own, users' being broken by the guard's mark.
+    /// Rendered text whose special tokens are the template's own, users' being broken by the
+    /// guard's mark.
     ///
     /// # Errors
     /// The tokenizer's model refuses the text.
@@ -226,8 +242,14 @@ pub struct Guard<'a> {
 }
 
 impl Guard<'_> {
-    /// The text with a mark inside each special token, and at an edge where it could become one together with its
-    /// neighbour in the template.
+    /// Bytes of a text, marks aside.
+    #[must_use]
+    pub fn n_bytes(&self, text: &str) -> usize {
+        text.len() - text.matches(self.mark).count() * self.mark.len_utf8()
+    }
+
+    /// The text with a mark inside each special token, and at an edge where it could become one
+    /// together with its neighbour in the template.
     #[must_use]
     pub fn protect(&self, text: &str) -> String {
         let mut out = String::with_capacity(text.len());
@@ -263,13 +285,15 @@ fn begins_with_an_end_of(text: &str, special: &str) -> bool {
     (1..special.len()).any(|n| text.as_bytes().starts_with(&special[n..]))
 }
 
-/// Text of tokens that come one by one. Never half a character; in all, the very text of decoding at once.
+/// Text of tokens that come one by one. Never half a character; in all, the very text of decoding
+/// at once.
 pub struct Decoder {
     tokenizer: Arc<Tokenizer>,
     skip_special: bool,
     /// Byte-level: the beginning of a character whose end is still to come.
     bytes: Vec<u8>,
-    /// Otherwise: tokens whose text depends on what follows, after `n_emitted` that give them their context.
+    /// Otherwise: tokens whose text depends on what follows, after `n_emitted` that give them their
+    /// context.
     ids: Vec<u32>,
     n_emitted: usize,
 }
@@ -321,7 +345,8 @@ impl Decoder {
     }
 }
 
-/// Takes from `bytes` all that is decided: whole characters, and U+FFFD for what can never become one.
+/// Takes from `bytes` all that is decided: whole characters, and U+FFFD for what can never become
+/// one.
 fn take_characters(bytes: &mut Vec<u8>) -> String {
     let mut text = String::new();
     let mut taken = 0;
@@ -347,15 +372,15 @@ fn is_unfinished(bytes: &[u8]) -> bool {
     matches!(std::str::from_utf8(bytes), Err(e) if e.valid_up_to() == 0 && e.error_len().is_none())
 }
 
-/// A byte-level token's bytes. GPT-2's alphabet writes each byte as a printable character; a token with any other
-/// character (an added one) stands for itself.
+/// A byte-level token's bytes. GPT-2's alphabet writes each byte as a printable character; a token
+/// with any other character (an added one) stands for itself.
 fn unalias(token: &str) -> Vec<u8> {
     let bytes: Option<Vec<u8>> = token.chars().map(aliased_byte).collect();
     bytes.unwrap_or_else(|| token.as_bytes().to_vec())
 }
 
-/// The byte that GPT-2's alphabet writes as `c`: printable Latin-1 stands for itself, the other 68 bytes are in order
-/// the characters from U+0100.
+/// The byte that GPT-2's alphabet writes as `c`: printable Latin-1 stands for itself, the other 68
+/// bytes are in order the characters from U+0100.
 fn aliased_byte(c: char) -> Option<u8> {
     let printable = |n: u32| matches!(n, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     match u32::from(c) {
@@ -394,6 +419,16 @@ mod tests {
     fn merges_and_special_tokens_are_found() {
         let ids = tokenizer().encode_prompt("<|im_start|>hello\n\n").unwrap();
         assert_eq!(ids, [tiny::IM_START, 259, 260]);
+    }
+
+    #[test]
+    fn no_text_has_fewer_tokens_than_the_least() {
+        let tokenizer = tokenizer();
+        for text in ["", "<|endoftext|>", "<|endoftext|><|endoftext|>", "hellohello", "é🦙"] {
+            let n = tokenizer.encode_prompt(text).unwrap().len();
+            assert!(tokenizer.least_tokens(text.len()) <= n, "{text:?}");
+        }
+        assert!(tokenizer.least_tokens(1000) > 50);
     }
 
     #[test]
@@ -447,7 +482,8 @@ mod tests {
     fn harmless_text_is_encoded_as_one_with_the_template() {
         let tokenizer = tokenizer();
         let (before, after) = ("<|im_start|>user\n", "<|im_end|>\n");
-        // Joints where pre-tokenisation and merges could go wrong: the template's line break before, and spaces.
+        // Joints where pre-tokenisation and merges could go wrong: the template's line break
+        // before, and spaces.
         for text in ["hello", "\n\nhello", " world", "hello ", "\n", "", "\n \n", "é🦙", "im < im"]
         {
             let whole = tokenizer.encode_prompt(&format!("{before}{text}{after}")).unwrap();

@@ -1,4 +1,5 @@
-//! A tiny byte-level BPE tokenizer and a chat template like those of real models. Also used by unit tests.
+//! A tiny byte-level BPE tokenizer and a chat template like those of real models. Also used by unit
+//! tests.
 
 /// Ids 0 to 255 are the bytes, then these merges in order, then the special tokens.
 pub const MERGES: [(&str, &str); 8] = [
