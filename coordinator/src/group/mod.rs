@@ -2,4 +2,5 @@
 //! rank (stream.rs).
 
 pub mod handle;
+mod link;
 pub mod stream;

@@ -5,6 +5,8 @@
 //! generation.rs and http.
 
 pub mod chat_template;
+pub mod decoder;
+pub mod guard;
 pub mod output;
 pub mod stop;
 pub mod tokenizer;

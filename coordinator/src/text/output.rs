@@ -7,8 +7,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::decoder::Decoder;
 use super::stop;
-use super::tokenizer::{Decoder, Tokenizer};
+use super::tokenizer::Tokenizer;
 
 /// A token that is part of the answer.
 #[derive(Clone, PartialEq)]

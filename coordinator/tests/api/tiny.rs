@@ -21,7 +21,8 @@ pub const TEMPLATE: &str = "\
     {%- if message['role'] == 'user' and message['content'] == 'forbidden' %}\n\
     {{- raise_exception('this word is forbidden') }}\n\
     {%- endif %}\n\
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}\n\
+    {{- '<|im_start|>' + message['role'] + '\\n' }}\n\
+    {{- message['content'] | trim + '<|im_end|>' + '\\n' }}\n\
     {%- endfor %}\n\
     {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}";
 
