@@ -5,6 +5,9 @@
 pub mod ids;
 pub mod keys;
 
+/// Encoding and decoding of the messages below.
+pub use prost::Message;
+
 /// What a coordinator may ask of a worker (worker.proto).
 #[allow(missing_docs, clippy::all)]
 pub mod worker {

@@ -10,6 +10,7 @@ use evener_collective::Collective;
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::program::Program;
 
+mod cpu;
 mod reference;
 
 /// Tokens of one KV block.
@@ -126,9 +127,7 @@ pub fn load(
     progress: &mut Progress<'_>,
 ) -> Result<Box<dyn Loaded>, LoadError> {
     match kind {
-        Kind::Cpu => Err(LoadError::Device {
-            reason: format!("cpu is not here yet, for {} threads", options.threads),
-        }),
+        Kind::Cpu => Ok(Box::new(cpu::load(checkpoint, program, options, progress)?)),
         Kind::Reference => reference::load(checkpoint, program, progress),
     }
 }

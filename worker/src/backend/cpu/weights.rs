@@ -1,0 +1,111 @@
+//! Loading for the CPU backend: slices of the checkpoint into packed matrices and f32 vectors.
+
+use std::sync::Arc;
+
+use evener_kernels::matrix::Source;
+use evener_kernels::quant::Format;
+use evener_kernels::{Isa, Matrix};
+
+use super::Cpu;
+use crate::backend::{LoadError, Options, Progress};
+use crate::checkpoint::{Checkpoint, Slice};
+use crate::model::config::Rope;
+use crate::model::program::{BufferId, Op, Program, Role, WeightId};
+
+/// What a rank holds, by [`WeightId`].
+pub(super) struct Weights {
+    pub(super) program: Program,
+    /// The rope of all layers, if the program rotates.
+    pub(super) rope: Option<Rope>,
+    /// Index into `matrices` or `vectors`, by the weight's role.
+    index: Vec<usize>,
+    matrices: Vec<Matrix>,
+    vectors: Vec<Vec<f32>>,
+}
+
+impl Weights {
+    pub(super) fn matrix(&self, id: WeightId) -> &Matrix {
+        &self.matrices[self.index[id.0]]
+    }
+
+    pub(super) fn vector(&self, id: WeightId) -> &[f32] {
+        &self.vectors[self.index[id.0]]
+    }
+
+    pub(super) fn columns(&self, id: BufferId) -> usize {
+        self.program.buffers[id.0].columns
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        let vectors: usize = self.vectors.iter().map(|v| 4 * v.len()).sum();
+        self.matrices.iter().map(Matrix::bytes).sum::<u64>() + vectors as u64
+    }
+}
+
+/// Reads and packs a rank's weights. `progress(done, total)` counts bytes of the file; it may stop the
+/// loading.
+///
+/// # Errors
+/// A tensor that is missing, misshapen or not finite, or a stop asked for.
+pub fn load(
+    checkpoint: &Checkpoint,
+    program: Program,
+    options: &Options,
+    progress: &mut Progress<'_>,
+) -> Result<Cpu, LoadError> {
+    let slices: Vec<Slice<'_>> =
+        program.weights.iter().map(|weight| checkpoint.slice(weight)).collect::<Result<_, _>>()?;
+    let total: u64 = slices.iter().map(|slice| slice.n_bytes() as u64).sum();
+    let mut done = 0;
+    let (mut index, mut matrices, mut vectors) = (Vec::new(), Vec::new(), Vec::new());
+    for (id, slice) in slices.iter().enumerate() {
+        let weight = &program.weights[id];
+        // A tied head and its embedding are one packed matrix.
+        let same = |other: &crate::model::program::Weight| {
+            other.role != Role::Vector
+                && (&other.tensor, &other.rows, &other.columns)
+                    == (&weight.tensor, &weight.rows, &weight.columns)
+        };
+        let twin = program.weights[..id].iter().position(same);
+        match (weight.role, twin) {
+            (Role::Vector, _) => {
+                slice.check_finite()?;
+                let mut values = vec![0.0; slice.columns];
+                slice.dequantized_row(0, &mut values);
+                vectors.push(values);
+                index.push(vectors.len() - 1);
+            }
+            (Role::Table | Role::Matrix, Some(twin)) => index.push(index[twin]),
+            (Role::Table | Role::Matrix, None) => {
+                slice.check_finite()?;
+                matrices.push(Matrix::pack(slice.rows, slice.columns, slice, &mut |_| ()));
+                index.push(matrices.len() - 1);
+            }
+        }
+        done += slice.n_bytes() as u64;
+        if progress(done, total).is_break() {
+            return Err(LoadError::Stopped);
+        }
+    }
+    let rope = program.ops.iter().find_map(|op| match op {
+        Op::RopeKv { rope, .. } => Some(*rope),
+        _ => None,
+    });
+    let weights = Weights { rope, index, matrices, vectors, program };
+    Ok(Cpu { weights: Arc::new(weights), options: options.clone(), isa: Isa::detect() })
+}
+
+impl Source for Slice<'_> {
+    fn format(&self) -> Format {
+        self.format
+    }
+
+    fn row_blocks(&self, row: usize) -> Option<&[u8]> {
+        let whole = self.first_column == 0 && self.columns.is_multiple_of(self.format.block_len());
+        whole.then(|| self.row(row))
+    }
+
+    fn row_f32(&self, row: usize, out: &mut [f32]) {
+        self.dequantized_row(row, out);
+    }
+}
