@@ -1,5 +1,6 @@
-//! Files that lie: truncated anywhere, with flipped bytes, with metadata that cannot be served. Each is
-//! refused with its place; nothing panics, nothing allocates what a file says without asking.
+//! Files that lie: truncated anywhere, with flipped bytes, with metadata that cannot be served.
+//! Each is refused with its place; nothing panics, nothing allocates what a file says without
+//! asking.
 
 #![allow(clippy::unwrap_used)]
 
@@ -102,7 +103,8 @@ fn flipped_bytes_never_panic_and_never_allocate_what_they_say() {
                 n_refused += usize::from(error.is_some_and(|error| !error.to_string().is_empty()));
             }
         }
-        // Flips inside names of tokens, of the licence and the like change nothing that matters here.
+        // Flips inside names of tokens, of the licence and the like change nothing that matters
+        // here.
         assert!(n_refused > table_end, "only {n_refused} flips of {table_end} bytes were refused");
     });
 }
@@ -131,7 +133,10 @@ fn metadata_that_cannot_be_served_are_refused_by_key() {
     check(|f| f.remove("general.architecture"), &["`general.architecture` is missing"]);
     check(set("general.architecture", text("gpt9")), &["gpt9", "supported: llama"]);
     check(|f| f.remove("llama.block_count"), &["`llama.block_count` is missing"]);
-    check(set("llama.block_count", text("2")), &["llama.block_count", "a string", "a whole number"]);
+    check(
+        set("llama.block_count", text("2")),
+        &["llama.block_count", "a string", "a whole number"],
+    );
     check(set("llama.block_count", Value::U32(0)), &["layer count is 0"]);
     check(set("llama.block_count", Value::U32(2)), &["blk.1.", "is missing"]);
     check(set("llama.block_count", Value::U32(1 << 30)), &["layer count", "at most"]);
@@ -157,8 +162,14 @@ fn tokenizers_that_cannot_be_served_are_refused_by_name() {
     check(set("tokenizer.ggml.tokens", texts(&["a", "b", "a"])), &["tokens 0 and 2 are both `a`"]);
     check(set("tokenizer.ggml.tokens", texts(&["a", "b"])), &["260 types for 2 tokens"]);
     check(set("tokenizer.ggml.merges", texts(&["he"])), &["merge 0 `he`", "two tokens"]);
-    check(set("tokenizer.ggml.merges", texts(&["h q"])), &["merge 0 `h q`", "not in the vocabulary"]);
-    check(set("tokenizer.ggml.eos_token_id", Value::U32(260)), &["eos_token_id is 260", "260 tokens"]);
+    check(
+        set("tokenizer.ggml.merges", texts(&["h q"])),
+        &["merge 0 `h q`", "not in the vocabulary"],
+    );
+    check(
+        set("tokenizer.ggml.eos_token_id", Value::U32(260)),
+        &["eos_token_id is 260", "260 tokens"],
+    );
     let mut types = vec![1; 260];
     types[9] = 6;
     check(set("tokenizer.ggml.token_type", Value::I32s(types)), &["token 9 has type 6"]);
@@ -180,7 +191,9 @@ fn tensor_tables_that_lie_are_refused_by_tensor() {
     check(|f| tensor(f, name).dimensions[0] = 64, &[]);
     check(|f| f.tensors[1].name = f.tensors[0].name.clone(), &["token_embd.weight", "twice"]);
     check(|f| f.tensors.retain(|t| t.name != name), &[name, "is missing"]);
-    let harmful = |name: &'static str| move |f: &mut File| tensor(f, "output_norm.weight").name = name.to_owned();
+    let harmful = |name: &'static str| {
+        move |f: &mut File| tensor(f, "output_norm.weight").name = name.to_owned()
+    };
     check(harmful("rope_freqs.weight"), &["rope_freqs.weight", "frequency factors"]);
     check(harmful("blk.0.attn_q.bias"), &["blk.0.attn_q.bias", "a bias"]);
 }
@@ -259,7 +272,9 @@ fn files_that_cannot_be_read_are_named() {
     let refused = |path: &Path| Checkpoint::open(path).unwrap_err().to_string();
     assert!(refused(&empty).contains("empty.gguf: cannot be read: the file is empty"));
     assert!(refused(folder.path()).contains("not a regular file"));
-    assert!(refused(&folder.path().join("gone.gguf")).contains("gone.gguf: cannot be read: No such"));
+    assert!(
+        refused(&folder.path().join("gone.gguf")).contains("gone.gguf: cannot be read: No such")
+    );
     let garbage = folder.path().join("garbage.gguf");
     std::fs::write(&garbage, b"hello, I am text").unwrap();
     assert!(refused(&garbage).contains("garbage.gguf: header, byte 0: the file begins with hell"));
