@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use evener_coordinator::cluster;
 use evener_coordinator::config::Place;
-use evener_coordinator::group::handle::Directory;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
