@@ -173,6 +173,21 @@ async fn a_worker_whose_registration_ends_leaves_its_group() {
 }
 
 #[tokio::test]
+async fn a_frozen_worker_is_noticed_and_left_out() {
+    let mut coordinator = Coordinator::embedded(vec![deployment(None, &[])]).await;
+    let registry = coordinator.registry();
+    let w0 = ScriptedWorker::start("w0", &registry).await;
+    let w1 = ScriptedWorker::start("w1", &registry).await;
+    let first = coordinator.ready("a group of both", |group| group.world_size == 2).await;
+    let frozen = w1.freeze();
+    coordinator.missing("rank 1 (w1): ").await;
+    let second = coordinator.ready("a group of one", |group| group.world_size == 1).await;
+    assert!(second.epoch > first.epoch);
+    assert_eq!(second.lead_address, w0.address.to_string());
+    drop(frozen);
+}
+
+#[tokio::test]
 async fn a_worker_that_never_answers_is_left_out() {
     let mut coordinator = Coordinator::embedded(vec![deployment(None, &[])]).await;
     let registry = coordinator.registry();
