@@ -14,7 +14,7 @@ use evener_collective::{
 };
 use tokio::sync::watch;
 
-use crate::backend::{self, Backend, KV_BLOCK_LEN};
+use crate::backend::{self, Backend, KV_BLOCK_LEN, Loaded};
 use crate::checkpoint::Checkpoint;
 use crate::engine::kv_blocks::blocks_for;
 use crate::engine::step::{Entry, Kind, Limits, StepPlan};
@@ -132,14 +132,18 @@ pub struct Epoch {
     pub progress: watch::Sender<Progress>,
 }
 
-/// Weights, and the cache around them, that outlive an epoch: a group that re-forms with the same
-/// split finds them loaded.
-pub struct Warm {
+/// A rank's weights. They outlive an epoch: a group that re-forms with the same split finds them
+/// loaded.
+pub struct Device {
     key: Key,
-    backend: Box<dyn Backend>,
-    /// What its KV cache holds.
-    n_kv_blocks: u32,
     about: About,
+    form: Form,
+}
+
+enum Form {
+    Loaded(Box<dyn Loaded>),
+    /// With a KV cache of so many blocks, which stays as it was first made.
+    Ready(Box<dyn Backend>, u32),
 }
 
 /// All that a loaded backend depends on.
@@ -160,7 +164,7 @@ struct About {
 }
 
 /// What is handed from an epoch's thread to the next.
-pub type Handover = Option<Box<Warm>>;
+pub type Handover = Option<Box<Device>>;
 
 /// Everything the thread owns.
 pub struct Life {
@@ -179,10 +183,10 @@ impl Life {
     pub fn run(self) {
         let Self { epoch, figures, handover, .. } = &self;
         let number = epoch.number;
-        let mut warm: Handover = None;
-        let lived = catch_unwind(AssertUnwindSafe(|| self.live(&mut warm)));
+        let mut device: Handover = None;
+        let lived = catch_unwind(AssertUnwindSafe(|| self.live(&mut device)));
         let result = lived.unwrap_or_else(|payload| {
-            warm = None; // whatever state it is in
+            device = None; // whatever state it is in
             Err(Error::Panicked { what: panic_text(payload.as_ref()) })
         });
         let ended = match (result, epoch.left.get()) {
@@ -205,25 +209,28 @@ impl Life {
             Ended::Left { reason } | Ended::Failed { reason } => reason,
         });
         figures.set_load(engine::output::Load::default());
-        let resident = warm.as_ref().map_or(0, |warm| warm.about.resident_weight_bytes);
+        let resident = device.as_ref().map_or(0, |device| device.about.resident_weight_bytes);
         figures.set_resident_weight_bytes(resident);
         epoch.progress.send_replace(Progress::Ended(ended));
         // Nobody takes it if the session is gone; then it is freed here.
-        let _ = handover.send(warm);
+        let _ = handover.send(device);
     }
 
-    fn live(&self, warm: &mut Handover) -> Result<(), Error> {
+    /// `device` is what stays loaded, however it ends.
+    fn live(&self, device: &mut Handover) -> Result<(), Error> {
         let began = Instant::now();
-        let kept = self.take_previous()?;
-        let (mut mesh, device) = self.connect_and_load(kept)?;
-        let left = self.spec.join_timeout.saturating_sub(began.elapsed());
+        *device = self.take_previous()?;
+        let mut mesh = self.connect_and_load(device)?;
         // The others may still be loading: until Ready the deadline is the join's.
-        mesh.set_step_timeout(left.max(self.spec.step_timeout));
-        let kv_blocks = device.capacity(&self.spec)?;
+        let left = self.spec.join_timeout.saturating_sub(began.elapsed());
+        let join_deadline = left.max(self.spec.step_timeout);
+        mesh.set_step_timeout(join_deadline);
+        let loaded = device.as_ref().expect("connect_and_load left it there");
+        let kv_blocks = loaded.capacity(&self.spec)?;
         let limits = self.agree(&mut mesh, kv_blocks)?;
         self.epoch.progress.send_replace(Progress::Warming);
-        let (key, about, backend, n_kv_blocks) = device.into_backend(limits.n_kv_blocks)?;
-        self.figures.set_resident_weight_bytes(about.resident_weight_bytes);
+        let Device { key, about, form } = *device.take().expect("it was there");
+        let (backend, n_kv_blocks) = form.into_backend(limits.n_kv_blocks)?;
         let ready = Ready {
             resident_weight_bytes: about.resident_weight_bytes,
             kv_blocks,
@@ -234,8 +241,7 @@ impl Life {
         };
         let vocab = self.spec.split.shards.iter().map(|shard| shard.vocab.clone()).collect();
         let mut rank = Rank::new(mesh, backend, vocab, limits.clone());
-        let result = warm_up(&mut rank, self.epoch.rank, left.max(self.spec.step_timeout));
-        let (rank, result) = match result {
+        let (rank, result) = match warm_up(&mut rank, self.epoch.rank, join_deadline) {
             Ok(()) => {
                 rank.mesh_mut().set_step_timeout(self.spec.step_timeout);
                 self.serve(rank, limits, ready)
@@ -245,10 +251,11 @@ impl Life {
         if result.is_err() && self.epoch.left.get().is_none() {
             log_history(rank.mesh(), self.epoch.number);
         }
-        let is_sound =
-            !matches!(&result, Err(engine::Error::Backend(backend::Error::Device { .. })));
-        if is_sound {
-            *warm = Some(Box::new(Warm { key, backend: rank.into_backend(), n_kv_blocks, about }));
+        let has_failed =
+            matches!(&result, Err(engine::Error::Backend(backend::Error::Device { .. })));
+        if !has_failed {
+            let form = Form::Ready(rank.into_backend(), n_kv_blocks);
+            *device = Some(Box::new(Device { key, about, form }));
         }
         Ok(result?)
     }
@@ -257,8 +264,8 @@ impl Life {
     fn take_previous(&self) -> Result<Handover, Error> {
         let Some(previous) = &self.previous else { return Ok(None) };
         let waited = self.spec.join_timeout;
-        let kept = previous.recv_timeout(waited).map_err(|_| Error::PreviousStuck { waited })?;
-        Ok(kept.filter(|warm| warm.key == self.key()))
+        let device = previous.recv_timeout(waited).map_err(|_| Error::PreviousStuck { waited })?;
+        Ok(device.filter(|device| device.key == self.key()))
     }
 
     fn key(&self) -> Key {
@@ -271,20 +278,17 @@ impl Life {
         }
     }
 
-    /// Either one failing makes the other give up.
-    fn connect_and_load(&self, kept: Handover) -> Result<(Mesh, Device), Error> {
+    /// Either one failing makes the other give up; what is loaded by then stays in `device`.
+    fn connect_and_load(&self, device: &mut Handover) -> Result<Mesh, Error> {
         let abort = &self.epoch.abort;
         let (rendezvous, group) = (&self.rendezvous, &self.spec.group);
         let options = self.mesh_options();
-        std::thread::scope(|scope| {
+        let (connected, loaded) = std::thread::scope(|scope| {
             let connecting = scope.spawn(move || {
                 let result = rendezvous.connect(group, &options, abort);
                 result.inspect_err(|error| abort.abort(&error.to_string()))
             });
-            let loaded = match kept {
-                Some(warm) => Ok(Device::Warm(warm)),
-                None => self.load(),
-            };
+            let loaded = self.load(device);
             if let Err(error) = &loaded {
                 abort.abort(&error.to_string());
             }
@@ -292,14 +296,15 @@ impl Life {
                 let reason = panic_text(payload.as_ref());
                 Err(evener_collective::Error::Aborted { reason })
             });
-            match (connected, loaded) {
-                (Ok(mesh), Ok(device)) => Ok((mesh, device)),
-                // Whoever was told to give up only says so; the other knows why.
-                (Err(evener_collective::Error::Aborted { .. }), Err(error)) => Err(error),
-                (Err(error), _) => Err(Error::Connect(error)),
-                (Ok(_), Err(error)) => Err(error),
-            }
-        })
+            (connected, loaded)
+        });
+        match (connected, loaded) {
+            (Ok(mesh), Ok(())) => Ok(mesh),
+            // Whoever was told to give up only says so; the other knows why.
+            (Err(evener_collective::Error::Aborted { .. }), Err(error)) => Err(error),
+            (Err(error), _) => Err(Error::Connect(error)),
+            (Ok(_), Err(error)) => Err(error),
+        }
     }
 
     fn mesh_options(&self) -> MeshOptions {
@@ -315,19 +320,30 @@ impl Life {
         }
     }
 
-    fn load(&self) -> Result<Device, Error> {
-        let program = families::compile(&self.checkpoint.config, &self.spec.split, self.epoch.rank);
-        let mut progress = |bytes_done, bytes_total| {
-            self.epoch.progress.send_replace(Progress::Loading { bytes_done, bytes_total });
-            match self.epoch.abort.is_aborted() {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        };
-        let (kind, options) = (self.spec.backend, &self.spec.backend_options);
-        let loaded = backend::load(kind, &self.checkpoint, program, options, &mut progress)?;
-        self.figures.set_resident_weight_bytes(loaded.resident_weight_bytes());
-        Ok(Device::Loaded { loaded, key: self.key() })
+    /// Loads this rank's slices into `device`, unless they are there already.
+    fn load(&self, device: &mut Handover) -> Result<(), Error> {
+        if device.is_none() {
+            let (config, split) = (&self.checkpoint.config, &self.spec.split);
+            let program = families::compile(config, split, self.epoch.rank);
+            let mut progress = |bytes_done, bytes_total| {
+                self.epoch.progress.send_replace(Progress::Loading { bytes_done, bytes_total });
+                match self.epoch.abort.is_aborted() {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            };
+            let (kind, options) = (self.spec.backend, &self.spec.backend_options);
+            let loaded = backend::load(kind, &self.checkpoint, program, options, &mut progress)?;
+            let about = About {
+                resident_weight_bytes: loaded.resident_weight_bytes(),
+                name: loaded.name(),
+                deterministic: loaded.deterministic(),
+            };
+            *device = Some(Box::new(Device { key: self.key(), about, form: Form::Loaded(loaded) }));
+        }
+        let resident = device.as_ref().map_or(0, |device| device.about.resident_weight_bytes);
+        self.figures.set_resident_weight_bytes(resident);
+        Ok(())
     }
 
     /// The ranks tell each other what they can do; all go by the least of it.
@@ -392,49 +408,40 @@ pub fn max_sample_rows(n_slots: usize) -> usize {
     n_slots + EXTRA_SAMPLE_ROWS
 }
 
-/// Weights in memory, with or without a KV cache yet.
-enum Device {
-    Loaded { loaded: Box<dyn backend::Loaded>, key: Key },
-    Warm(Box<Warm>),
-}
-
 impl Device {
     /// KV blocks that this rank could hold.
     fn capacity(&self, spec: &Spec) -> Result<u32, Error> {
-        match self {
-            Self::Warm(warm) => Ok(warm.n_kv_blocks),
-            Self::Loaded { loaded, .. } => {
+        match &self.form {
+            Form::Ready(_, n_kv_blocks) => Ok(*n_kv_blocks),
+            Form::Loaded(loaded) => {
                 let fraction = KV_MEMORY_FRACTION * spec.n_local_ranks as u64;
                 let budget = spec.kv_memory_bytes.unwrap_or_else(|| {
                     metrics::available_memory_bytes().unwrap_or(u64::MAX) / fraction
                 });
-                kv_capacity(loaded.kv_block_bytes(), budget, spec)
+                let max_context = spec.backend_options.max_context;
+                kv_capacity(loaded.kv_block_bytes(), budget, spec.max_running, max_context)
             }
         }
     }
+}
 
-    fn into_backend(
-        self,
-        n_kv_blocks: u32,
-    ) -> Result<(Key, About, Box<dyn Backend>, u32), backend::Error> {
+impl Form {
+    fn into_backend(self, n_kv_blocks: u32) -> Result<(Box<dyn Backend>, u32), backend::Error> {
         match self {
-            Self::Warm(warm) => Ok((warm.key, warm.about, warm.backend, warm.n_kv_blocks)),
-            Self::Loaded { loaded, key } => {
-                let about = About {
-                    resident_weight_bytes: loaded.resident_weight_bytes(),
-                    name: loaded.name(),
-                    deterministic: loaded.deterministic(),
-                };
-                Ok((key, about, loaded.into_backend(n_kv_blocks)?, n_kv_blocks))
-            }
+            Self::Loaded(loaded) => Ok((loaded.into_backend(n_kv_blocks)?, n_kv_blocks)),
+            Self::Ready(backend, n_kv_blocks) => Ok((backend, n_kv_blocks)),
         }
     }
 }
 
 /// Blocks of `block_bytes` in `budget`, but no more than all sequences could ever use.
-fn kv_capacity(block_bytes: u64, budget: u64, spec: &Spec) -> Result<u32, Error> {
-    let max_context = spec.backend_options.max_context;
-    let wanted = (spec.max_running * blocks_for(max_context)).min(1 << 24) as u32;
+fn kv_capacity(
+    block_bytes: u64,
+    budget: u64,
+    max_running: usize,
+    max_context: usize,
+) -> Result<u32, Error> {
+    let wanted = (max_running * blocks_for(max_context)).min(1 << 24) as u32;
     if block_bytes == 0 {
         return Ok(wanted);
     }
@@ -477,4 +484,24 @@ fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "without a message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kv_capacity_is_what_fits_and_no_more_than_can_be_used() {
+        let check = |block_bytes, budget, expect: Option<u32>| {
+            let capacity = kv_capacity(block_bytes, budget, 4, 1000);
+            assert_eq!(capacity.ok(), expect, "{block_bytes} {budget}");
+        };
+        check(1000, 100_000, Some(100));
+        check(1000, 100_999, Some(100));
+        check(1000, u64::MAX, Some(4 * 63));
+        check(0, 0, Some(4 * 63)); // a rank without KV heads bounds nobody
+        check(1000, 16_000, Some(16));
+        check(1000, 15_999, None);
+        check(1 << 40, 1, None);
+    }
 }

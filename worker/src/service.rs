@@ -1,6 +1,6 @@
 //! The gRPC server: checks epochs, translates, calls the session; decides nothing.
 //!
-//! The only file that knows worker.proto's types, but for the record in `lib`.
+//! The only file that knows worker.proto's types.
 
 use std::pin::Pin;
 use std::time::Duration;

@@ -2,6 +2,7 @@
 //! a tiny random model.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -410,12 +411,22 @@ async fn a_rank_that_leaves_is_heard_and_the_next_epoch_keeps_the_weights() {
     while let Ok(Some(_)) = generation.next().await {}
     let resident = cluster.workers[0].session.figures().resident_weight_bytes();
     assert!(resident > 0, "weights stay");
-
-    // The file may even be gone.
-    std::fs::remove_file(&cluster.path).unwrap();
-    let mut second = cluster.join(2, &[1, 1]).await;
+    // From here on, reading the file again would be noticed.
+    let mut file = std::fs::OpenOptions::new().write(true).open(&cluster.path).unwrap();
+    file.seek(SeekFrom::End(-384)).unwrap();
+    file.write_all(&[0xff; 384]).unwrap();
+    // Nor does an epoch without peers lose them.
+    let mut alone = cluster.request(2, &[1, 1], 0);
+    alone.join_timeout_ms = 100;
+    let alone = cluster.join_one(alone).await.unwrap();
+    alone.end().await.unwrap_err();
+    let mut second = cluster.join(3, &[1, 1]).await;
     assert_eq!(second[0].ready().await.resident_weight_bytes, resident);
-    assert_eq!(cluster.generate(0, 2).await.tokens(submit(1, &[3], 9)).await.len(), 9);
+    assert_eq!(cluster.generate(0, 3).await.tokens(submit(1, &[3], 9)).await.len(), 9);
+    // Another split is read anew, so it would indeed have been noticed.
+    let other = cluster.join_one(cluster.request(4, &[1], 0)).await.unwrap();
+    let status = other.end().await.unwrap_err();
+    assert!(status.message().contains("not finite"), "{status}");
     cluster.stop().await;
 }
 
@@ -441,7 +452,8 @@ async fn bad_sequences_are_refused_and_the_stream_goes_on() {
     let cluster = Cluster::start(1).await;
     let _joined = cluster.join(1, &[1]).await;
     let mut generation = cluster.generate(0, 1).await;
-    let cases: [(fn(&mut proto::Submit), &str); 6] = [
+    type Change = fn(&mut proto::Submit);
+    let cases: [(Change, &str); 6] = [
         (|s| s.prompt.clear(), "empty"),
         (|s| s.max_tokens = 0, "max_tokens"),
         (|s| s.prompt = vec![270], "270"),
