@@ -18,7 +18,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 EVENER := $(TARGET)/release/evener
 MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 SDK_PYTHON := $(CURDIR)/.cache/sdk/python
-QUESTION := What is the capital of France?
+QUESTION := What is the capital of France? Answer in one sentence.
 # Options of `evener up` to add, such as ARGS="--shares 2:1 --listen 127.0.0.1:9090".
 ARGS ?=
 

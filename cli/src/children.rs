@@ -11,6 +11,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
@@ -45,6 +47,7 @@ pub struct Exit {
 #[derive(Debug)]
 pub struct Child {
     signals: mpsc::Sender<i32>,
+    hushed: Arc<AtomicBool>,
 }
 
 impl Child {
@@ -52,6 +55,11 @@ impl Child {
     pub fn terminate(&self) {
         // A full or closed channel means that it has been asked already, or has ended.
         let _ = self.signals.try_send(libc::SIGTERM);
+    }
+
+    /// From now on its lines go to its log alone.
+    pub fn hush(&self) {
+        self.hushed.store(true, Ordering::Relaxed);
     }
 
     /// Ends it now.
@@ -92,7 +100,9 @@ pub fn spawn(spec: &Spec, exits: mpsc::Sender<Exit>) -> anyhow::Result<Child> {
     let stderr = child.stderr.take().context("a child's stderr is missing")?;
     let name = spec.name.clone();
     let (signals, mut asked) = mpsc::channel::<i32>(4);
-    let pump = tokio::spawn(pump(stderr, log, name.clone(), spec.verbose));
+    let hushed = Arc::new(AtomicBool::new(false));
+    let echo = Echo { name: name.clone(), verbose: spec.verbose, hushed: hushed.clone() };
+    let pump = tokio::spawn(pump(stderr, log, echo));
     tokio::spawn(async move {
         let status = loop {
             tokio::select! {
@@ -107,7 +117,7 @@ pub fn spawn(spec: &Spec, exits: mpsc::Sender<Exit>) -> anyhow::Result<Child> {
         let last_words = pump.await.unwrap_or_default();
         let _ = exits.send(Exit { name, status, last_words }).await;
     });
-    Ok(Child { signals })
+    Ok(Child { signals, hushed })
 }
 
 /// Kills this process when the thread that started it ends.
@@ -135,20 +145,15 @@ fn send(pid: Option<u32>, signal: i32) {
 }
 
 /// Copies lines to the log and, where people should see them, to our stderr. Returns the child's last words.
-async fn pump(
-    stderr: impl AsyncRead + Unpin,
-    mut log: File,
-    name: String,
-    verbose: bool,
-) -> String {
+async fn pump(stderr: impl AsyncRead + Unpin, mut log: File, echo: Echo) -> String {
     let mut lines = BufReader::new(stderr).split(b'\n');
     let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
     while let Ok(Some(line)) = lines.next_segment().await {
         let line = String::from_utf8_lossy(&line).into_owned();
         // A full disk must not stop the cluster.
         let _ = writeln!(log, "{line}");
-        if verbose || deserves_attention(&line) {
-            eprintln!("{name} | {line}");
+        if echo.shows(&line) {
+            eprintln!("{} | {line}", echo.name);
         }
         if tail.len() == TAIL_LINES {
             tail.pop_front();
@@ -156,6 +161,19 @@ async fn pump(
         tail.push_back(line);
     }
     last_words(&tail)
+}
+
+/// Which of a child's lines are shown here.
+struct Echo {
+    name: String,
+    verbose: bool,
+    hushed: Arc<AtomicBool>,
+}
+
+impl Echo {
+    fn shows(&self, line: &str) -> bool {
+        self.verbose || (!self.hushed.load(Ordering::Relaxed) && deserves_attention(line))
+    }
 }
 
 /// Whether a log line is a warning or an error, or no log line at all (a panic, the linker, the kernel).

@@ -61,7 +61,7 @@ impl Options {
         let place = match self.registry {
             Registry::Embedded => config::Place::Embedded { listen: self.registry_listen },
             Registry::EmbeddedAt(address) => config::Place::Remote { address },
-            Registry::Etcd(_) => bail!("etcd is not merged yet"),
+            Registry::Etcd(addresses) => config::Place::Etcd { addresses },
         };
         let mut cluster = cluster::Options::at(place);
         if let Some(name) = &self.deploy {

@@ -88,10 +88,23 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}{error:#}", children::ERROR_PREFIX);
+            eprintln!("{}{}", children::ERROR_PREFIX, sentence(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes; many of our errors already say what caused them.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run() -> anyhow::Result<()> {
@@ -151,6 +164,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error = anyhow::anyhow!("the file is empty").context("x.gguf: the file is empty");
+        assert_eq!(sentence(&error), "x.gguf: the file is empty");
+        let error = anyhow::anyhow!("no space").context("the log cannot be written");
+        assert_eq!(sentence(&error), "the log cannot be written: no space");
     }
 
     #[test]

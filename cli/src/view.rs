@@ -9,6 +9,8 @@ use serde_json::Value;
 pub struct View {
     pub version: String,
     pub registry: Registry,
+    /// Every deployment is served.
+    pub ready: bool,
     pub workers: Vec<Worker>,
     pub groups: Vec<Group>,
     /// What stands between now and ready, one sentence each.

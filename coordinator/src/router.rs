@@ -16,7 +16,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// The lead's report is a step old, our own count is not: the larger of both is nearer the truth.
+    /// The lead's report is a step old, our own count is not: the larger of both is nearer the
+    /// truth.
     fn ahead(&self) -> u32 {
         self.in_flight.max(self.running.saturating_add(self.waiting))
     }

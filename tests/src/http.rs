@@ -75,7 +75,8 @@ impl Api {
         if status != 200 {
             panic!("POST {path} {body}: {status} {}", response.text().await.unwrap_or_default());
         }
-        Stream { bytes: response.bytes_stream().boxed(), buffer: Vec::new() }
+        let bytes = response.bytes_stream().map(|piece| piece.map(|bytes| bytes.to_vec()));
+        Stream { bytes: bytes.boxed(), buffer: Vec::new() }
     }
 
     /// Body of `GET /status`.

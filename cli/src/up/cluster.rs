@@ -15,6 +15,7 @@ use crate::children::{self, Child, Exit, Spec};
 use crate::client::Client;
 use crate::signals::Signals;
 use crate::values;
+use crate::view::View;
 
 /// How often readiness and progress are asked for while starting.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -142,13 +143,14 @@ impl Cluster {
                 ),
             }
             // Until the coordinator listens there is nothing to see.
-            let Ok(ready) = self.client.ready().await else { continue };
-            if let Ok(status) = self.client.status().await {
-                progress.update(&status);
+            let Ok(status) = self.client.status().await else { continue };
+            progress.update(&status);
+            let view = View::read(&status)?;
+            if view.ready && self.client.ready().await?.is_ok() {
+                return Ok(());
             }
-            match ready {
-                Ok(()) => return Ok(()),
-                Err(what) => missing = what,
+            if !view.missing.is_empty() {
+                missing = view.missing.join("; ");
             }
         }
     }
@@ -211,6 +213,12 @@ impl Cluster {
     /// A process that had to be killed or ended with an error.
     pub async fn stop(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
         let n_coordinators = self.members.len().min(1);
+        for member in &self.members {
+            // Workers will find the registry gone; that is what was asked for.
+            if let State::Running(child) = &member.state {
+                child.hush();
+            }
+        }
         let (coordinator, workers) = self.members.split_at_mut(n_coordinators);
         let mut unclean = Vec::new();
         for phase in [coordinator, workers] {

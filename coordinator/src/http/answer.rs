@@ -1,4 +1,5 @@
-//! The sequences of one request, run side by side: as a stream of deltas, or collected into whole choices.
+//! The sequences of one request, run side by side: as a stream of deltas, or collected into whole
+//! choices.
 //!
 //! Shared by chat.rs and completions.rs; knows neither's objects.
 

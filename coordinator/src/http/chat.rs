@@ -62,10 +62,8 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let prompt = {
         let text = text.clone();
         let encode = move || text.encode_chat(&messages);
-        tokio::task::spawn_blocking(encode)
-            .await
-            .map_err(|_| Error::Defect)?
-            .map_err(|error| Error::Text { error, param: "messages" })?
+        app.encode(move || encode().map_err(|error| Error::Text { error, param: "messages" }))
+            .await?
     };
     let params = Params {
         prompt,

@@ -22,9 +22,9 @@ use crate::generation::{Delta, Generation, Params};
 use crate::group::handle::Directory;
 use crate::group::stream::Token;
 use crate::metrics::{Endpoint, Observation};
-use crate::text::ModelText;
 use crate::text::output::Placed;
 use crate::text::tokenizer::Tokenizer;
+use crate::text::{self, ModelText};
 
 const DEFAULT_MAX_TOKENS: i64 = 16;
 const MAX_LOGPROBS: i64 = 5;
@@ -84,7 +84,7 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
                 .map(|prompt| prepare(&model, &text, &directory, prompt, params.clone(), echo))
                 .collect::<Result<Vec<_>, Error>>()
         };
-        tokio::task::spawn_blocking(prepare).await.map_err(|_| Error::Defect)??
+        app.encode(prepare).await?
     };
     let n_prompt_tokens = prepared.iter().map(|(one, _)| one.n_prompt_tokens()).sum();
     let mut generations = Vec::new();
@@ -124,12 +124,9 @@ fn prepare(
     mut params: Params,
     echo: bool,
 ) -> Result<(Generation, Option<Arc<Echo>>), Error> {
-    let refuse =
-        |error: crate::text::tokenizer::Error| Error::Text { error: error.into(), param: "prompt" };
+    let refuse = |error: text::Error| Error::Text { error, param: "prompt" };
     let (ids, shown) = match prompt {
-        Prompt::Text(prompt) => {
-            (text.tokenizer.encode_prompt(&prompt).map_err(refuse)?, Some(prompt))
-        }
+        Prompt::Text(prompt) => (text.encode_prompt(&prompt).map_err(refuse)?, Some(prompt)),
         Prompt::Tokens(ids) => (ids, None),
     };
     params.prompt = ids.clone();
@@ -140,7 +137,7 @@ fn prepare(
     }
     let text = match shown {
         Some(prompt) => prompt,
-        None => text.tokenizer.decode(&ids, false).map_err(refuse)?,
+        None => text.tokenizer.decode(&ids, false).map_err(|e| refuse(e.into()))?,
     };
     Ok((generation, Some(Arc::new(Echo { ids, text }))))
 }
@@ -213,7 +210,8 @@ impl Shape {
         to_json(&Object { head: head.clone(), choices, usage: Some(Some(usage)) })
     }
 
-    /// One choice of an answer or a chunk; the first of each index shows the prompt, if that is to be echoed.
+    /// One choice of an answer or a chunk; the first of each index shows the prompt, if that is to
+    /// be echoed.
     fn choice(&mut self, idx: usize, delta: Delta) -> CompletionChoice {
         let mut text = String::new();
         let mut logprobs = CompletionLogprobs::default();

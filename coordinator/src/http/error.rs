@@ -1,7 +1,7 @@
 //! Every answer that is a refusal, and the only place where a status is chosen.
 //!
-//! The body is OpenAI's: `{"error":{"message","type","param","code"}}`, all four keys always there. No address, path
-//! or prompt text goes in.
+//! The body is OpenAI's: `{"error":{"message","type","param","code"}}`, all four keys always there.
+//! No address, path or prompt text goes in.
 
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
@@ -77,6 +77,9 @@ impl Error {
             Self::Draining => Class::unavailable("server_is_shutting_down"),
             Self::Defect => Class::defect(),
             Self::Text { error, param } => match error {
+                text::Error::TooLong { .. } => {
+                    Class::invalid(Some(param), Some("context_length_exceeded"))
+                }
                 text::Error::NoTemplate { .. }
                 | text::Error::Template(
                     text::chat_template::Error::Raised { .. }

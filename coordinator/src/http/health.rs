@@ -12,8 +12,8 @@ pub async fn livez() -> Json<Value> {
     Json(json!({"status": "alive"}))
 }
 
-/// Ready while every model that is known has a group. What else is missing (a second group, say) is told, but does
-/// not take this server out of service.
+/// Ready while every model that is known has a group. What else is missing (a second group, say) is
+/// told, but does not take this server out of service.
 pub async fn readyz(State(app): State<App>) -> Response {
     let directory = app.directory.borrow().clone();
     let mut missing = directory.missing.clone();

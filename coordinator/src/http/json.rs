@@ -1,6 +1,7 @@
 //! A body as JSON: bounded in depth, no key twice, nothing after it.
 //!
-//! serde_json alone takes the last of two equal keys, so that two readers of one body may see different requests.
+//! serde_json alone takes the last of two equal keys, so that two readers of one body may see
+//! different requests.
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};

@@ -1,6 +1,7 @@
 //! Evener's HTTP API: OpenAI's endpoints, health, metrics and status. The only home of axum.
 //!
-//! One file an endpoint; openai.rs has the wire types, error.rs alone chooses a status, server.rs owns the sockets.
+//! One file an endpoint; openai.rs has the wire types, error.rs alone chooses a status, server.rs
+//! owns the sockets.
 
 mod answer;
 mod chat;
@@ -14,6 +15,7 @@ mod models;
 mod openai;
 mod params;
 mod server;
+mod socket;
 mod sse;
 mod status;
 
@@ -56,6 +58,8 @@ pub struct Options {
     pub header_timeout: Duration,
     /// For the body of a request. Default 30 s.
     pub body_timeout: Duration,
+    /// For a client to take what is sent to it. Default 30 s.
+    pub write_timeout: Duration,
     /// Silence in a stream after which a comment is sent. Default 15 s.
     pub keepalive: Duration,
     /// On shutdown, for what is being answered. Default 30 s.
@@ -74,6 +78,7 @@ impl Default for Options {
             max_connections: 1024,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
             keepalive: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(30),
             generation: generation::Options::default(),
@@ -93,6 +98,8 @@ pub(crate) struct App {
     metrics: Metrics,
     /// One permit a request being answered.
     requests: Arc<Semaphore>,
+    /// One permit a prompt being encoded: more at once than cores would only take memory.
+    encoders: Arc<Semaphore>,
     draining: Arc<AtomicBool>,
 }
 
@@ -135,6 +142,15 @@ impl App {
         let directory = self.directory.borrow().clone();
         let text = self.texts.get(model, directory.models.values()).await;
         text.map_err(|error| Error::Text { error, param })
+    }
+
+    /// Does the slow work on a prompt off the runtime.
+    async fn encode<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let _permit = self.encoders.acquire().await.map_err(|_| Error::Defect)?;
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Defect)?
     }
 
     fn check_sequences(&self, n_prompts: usize, n: u32) -> Result<(), Error> {

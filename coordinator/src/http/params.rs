@@ -1,7 +1,9 @@
-//! What chat and completions have in common in a request: sampling, length, streaming, and what is refused.
+//! What chat and completions have in common in a request: sampling, length, streaming, and what is
+//! refused.
 //!
-//! Bounds are those of OpenAI's specification, or tighter. A field of the specification that is not implemented is
-//! refused by name, never ignored; one that asks for nothing (`"tools": []`) is taken.
+//! Bounds are those of OpenAI's specification, or tighter. A field of the specification that is not
+//! implemented is refused by name, never ignored; one that asks for nothing (`"tools": []`) is
+//! taken.
 
 use std::sync::Arc;
 

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use axum::Router;
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, info, warn};
 
+use super::socket::Socket;
 use super::{App, Options, router};
 use crate::generation::Runner;
 use crate::group::handle::Directory;
@@ -42,8 +44,8 @@ pub enum Error {
     Listener(#[source] std::io::Error),
 }
 
-/// Serves the API until `shutdown`, then drains: not ready at once, no new requests, and what is being answered has
-/// `drain_timeout` to be finished.
+/// Serves the API until `shutdown`, then drains: not ready at once, no new requests, and what is
+/// being answered has `drain_timeout` to be finished.
 ///
 /// # Errors
 /// The listener is not one.
@@ -66,6 +68,7 @@ pub async fn run(
     };
     let app = App {
         requests: Arc::new(Semaphore::new(options.max_requests)),
+        encoders: Arc::new(Semaphore::new(available_parallelism().map_or(1, Into::into))),
         options: Arc::new(options),
         directory,
         status,
@@ -81,6 +84,7 @@ pub async fn run(
         slots: Arc::new(Semaphore::new(app.options.max_connections)),
         router: router(app.clone()),
         header_timeout: app.options.header_timeout,
+        write_timeout: app.options.write_timeout,
         closing: closing.clone(),
         listener,
     };
@@ -112,6 +116,7 @@ struct Server {
     slots: Arc<Semaphore>,
     router: Router,
     header_timeout: Duration,
+    write_timeout: Duration,
     /// Lets connections finish their request and end.
     closing: CancellationToken,
 }
@@ -150,8 +155,8 @@ impl Server {
             .header_read_timeout(self.header_timeout)
             .max_headers(MAX_HEADERS)
             .max_buf_size(MAX_HEAD_BYTES);
-        let connection =
-            builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(service));
+        let io = TokioIo::new(Socket::new(socket, self.write_timeout));
+        let connection = builder.serve_connection(io, TowerToHyperService::new(service));
         let closing = self.closing.clone();
         self.connections.spawn(async move {
             let _slot = slot;

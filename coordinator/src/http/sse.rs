@@ -1,7 +1,7 @@
 //! An answer as server-sent events, and how one ends that cannot go on.
 //!
-//! Half an answer must never look like a whole one: after the error event the connection ends without `[DONE]` and
-//! without the last chunk of the body, so that every client sees a failure.
+//! Half an answer must never look like a whole one: after the error event the connection ends
+//! without `[DONE]` and without the last chunk of the body, so that every client sees a failure.
 
 use std::time::Duration;
 
@@ -12,7 +12,8 @@ use futures::stream::{Stream, StreamExt};
 
 use super::error::Error;
 
-/// Between the error event and the end of the connection: the event is to leave the socket's buffer first.
+/// Between the error event and the end of the connection: the event is to leave the socket's buffer
+/// first.
 const FLUSH: Duration = Duration::from_millis(100);
 /// Tells proxies such as nginx not to hold events back.
 const NO_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");

@@ -1,14 +1,16 @@
 //! Renders a conversation with the model's own chat template (Jinja, as Hugging Face runs it).
 //!
-//! The template comes with the model file and is not trusted: no host access, and fuel bounds its time and memory.
-//! `strftime_now` is not offered, so that one request renders to one prompt on any day. Called by text/mod.rs.
+//! The template comes with the model file and is not trusted: no host access, and fuel bounds its
+//! time and memory. `strftime_now` is not offered, so that one request renders to one prompt on any
+//! day. Called by text/mod.rs.
 
 use std::sync::Arc;
 
 use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind};
 
-/// Steps of a render; minijinja charges one for each 64 bytes too, so this bounds memory to 128 MiB.
+/// Steps of a render; minijinja charges one for each 64 bytes too, so this bounds memory to 128
+/// MiB.
 const FUEL: u64 = 2_000_000;
 /// Longest source, bytes. The largest known templates are about 30 kB.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
@@ -52,8 +54,8 @@ pub enum Error {
     #[error("the model's chat template refuses these messages: {reason}")]
     Raised { reason: String },
     #[error(
-        "rendering the chat template takes more than {FUEL} steps; send shorter messages, or the whole prompt to \
-         /v1/completions"
+        "rendering the chat template takes more than {FUEL} steps; send shorter messages, or the \
+         whole prompt to /v1/completions"
     )]
     OutOfFuel,
     #[error("the model's chat template fails on these messages: {reason}")]

@@ -1,8 +1,12 @@
-//! Text of a model: tokens to and from text, chat templates, stop strings. Knows no group and no HTTP.
+//! Text of a model: tokens to and from text, chat templates, stop strings. Knows no group and no
+//! HTTP.
 //!
-//! [`Cache`] keeps what is built from a model's description, by fingerprint. Called by generation.rs and http.
+//! [`Cache`] keeps what is built from a model's description, by fingerprint. Called by
+//! generation.rs and http.
 
 pub mod chat_template;
+pub mod decoder;
+pub mod guard;
 pub mod output;
 pub mod stop;
 pub mod tokenizer;
@@ -32,6 +36,11 @@ pub enum Error {
         "the model {model} has no chat template; send the whole prompt to /v1/completions instead"
     )]
     NoTemplate { model: String },
+    #[error(
+        "This model's maximum context length is {context} tokens. However, your prompt has at \
+         least {least} tokens. Shorten it."
+    )]
+    TooLong { context: usize, least: usize },
     #[error("the thread that prepared the text of {model} died")]
     Died { model: String },
 }
@@ -52,6 +61,22 @@ impl ModelText {
         let tokenizer = Arc::new(Tokenizer::from_json(&model.tokenizer_json, bos)?);
         let template = model.chat_template.as_deref().map(ChatTemplate::new);
         Ok(Self { model, tokenizer, template })
+    }
+
+    /// A raw prompt: whoever sends one writes the special tokens too.
+    ///
+    /// # Errors
+    /// It can never fit the context, or the tokenizer refuses it.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.check_length(text.len())?;
+        Ok(self.tokenizer.encode_prompt(text)?)
+    }
+
+    /// Encoding takes about a hundred times the text's memory: what can never fit is not encoded.
+    fn check_length(&self, n_bytes: usize) -> Result<(), Error> {
+        let context = self.model.context_length as usize;
+        let least = self.tokenizer.least_tokens(n_bytes);
+        if least > context { Err(Error::TooLong { context, least }) } else { Ok(()) }
     }
 
     /// The prompt of a conversation. What users wrote never becomes a special token.
@@ -78,6 +103,7 @@ impl ModelText {
             })
             .collect();
         let rendered = template.render(&guarded, &model.bos_token, &model.eos_token)?;
+        self.check_length(guard.n_bytes(&rendered))?;
         Ok(self.tokenizer.encode_guarded(&rendered, &guard)?)
     }
 }

@@ -1,13 +1,15 @@
-//! Tokens in, the text of the answer out: decoding, stop strings, and which tokens each piece of text is made of.
+//! Tokens in, the text of the answer out: decoding, stop strings, and which tokens each piece of
+//! text is made of.
 //!
-//! Pure. A token is given out when text of it is, so that logprobs never show what a stop string cut away. Called by
-//! generation.rs.
+//! Pure. A token is given out when text of it is, so that logprobs never show what a stop string
+//! cut away. Called by generation.rs.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::decoder::Decoder;
 use super::stop;
-use super::tokenizer::{Decoder, Tokenizer};
+use super::tokenizer::Tokenizer;
 
 /// A token that is part of the answer.
 #[derive(Clone, PartialEq)]

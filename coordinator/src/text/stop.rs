@@ -1,7 +1,7 @@
 //! Finds stop strings in text that arrives in pieces, and lets nothing of them out.
 //!
-//! Pure. The result depends on the text alone, not on how it was cut: the stop whose end comes first wins, and of
-//! those that end together the one that began first. Called by output.rs.
+//! Pure. The result depends on the text alone, not on how it was cut: the stop whose end comes
+//! first wins, and of those that end together the one that began first. Called by output.rs.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! A lead rank as a coordinator sees it: a real gRPC server that speaks `Worker.Generate` and makes tokens by a rule.
+//! A lead rank as a coordinator sees it: a real gRPC server that speaks `Worker.Generate` and makes
+//! tokens by a rule.
 //!
 //! It runs on a runtime of its own, so that it can die or fall silent like a process.
 
@@ -16,7 +17,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
-/// The token of a sequence at a position, given its prompt (with the tokens generated so far) and its sampling.
+/// The token of a sequence at a position, given its prompt (with the tokens generated so far) and
+/// its sampling.
 pub type Rule = Arc<dyn Fn(&[u32], &wire::Sampling) -> u32 + Send + Sync>;
 
 /// What a lead was asked.
@@ -142,7 +144,8 @@ fn live(service: Service, address: &Sender<SocketAddr>, ends: &Receiver<End>) {
                     Ok(End::Die) | Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
                     // This thread is the runtime: nothing moves any more.
                     Ok(End::FallSilent) => match ends.recv_timeout(Duration::from_secs(60)) {
-                        Ok(_) | Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => return,
+                        Ok(_)
+                        | Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => return,
                     },
                     Err(std::sync::mpsc::TryRecvError::Empty) => {}
                 },

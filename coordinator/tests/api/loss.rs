@@ -321,8 +321,8 @@ async fn a_reader_too_slow_is_cancelled_and_others_go_on() {
     // Fill the socket: events are large with five rivals a token, and nobody reads.
     let mut open = Vec::new();
     for _ in 0..2 {
-        let body = json!({"prompt": vec!["x"; 128], "max_tokens": 500, "stream": true, "logprobs": 5,
-                          "temperature": 0});
+        let body = json!({"prompt": vec!["x"; 128], "max_tokens": 500, "stream": true,
+                          "logprobs": 5, "temperature": 0});
         open.push(world.open(COMPLETIONS, body).await);
     }
     lead.until("unread sequences are cancelled", |lead| lead.n_cancels() > 0).await;

@@ -180,6 +180,28 @@ async fn requests_that_do_not_arrive_are_ended_by_a_timer() {
 }
 
 #[tokio::test]
+async fn a_client_that_never_reads_is_dropped() {
+    let lead = Lead::start(1, script(alphabet()));
+    let mut options = options();
+    options.write_timeout = Duration::from_millis(300);
+    let world = World::with(&[&lead], options).await;
+    // More than sockets hold: 128 sequences of 500 tokens with five rivals each.
+    let body = json!({"model": MODEL, "prompt": vec!["x"; 128], "max_tokens": 500, "logprobs": 5,
+                      "stream": true, "temperature": 0});
+    let body = body.to_string();
+    let head =
+        format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}", body.len());
+    let mut socket =
+        tokio::net::TcpStream::connect(world.url.trim_start_matches("http://")).await.unwrap();
+    socket.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).await.unwrap();
+    lead.until("the request is there", |lead| lead.submits().len() == 128).await;
+    let cancelled = "evener_requests_total{endpoint=\"completions\",outcome=\"cancelled\"}";
+    world.until_metric(cancelled, 1.0).await;
+    world.until_metric("evener_requests_running", 0.0).await;
+    world.post(COMPLETIONS, json!({"prompt": [1], "max_tokens": 1})).await.ok();
+}
+
+#[tokio::test]
 async fn malformed_heads_are_refused() {
     let world = World::start(&[]).await;
     let huge = format!("GET /livez HTTP/1.1\r\nhost: x\r\na: {}\r\n\r\n", "x".repeat(200_000));

@@ -1,4 +1,5 @@
-//! A tiny byte-level BPE tokenizer and a chat template like those of real models. Also used by unit tests.
+//! A tiny byte-level BPE tokenizer and a chat template like those of real models. Also used by unit
+//! tests.
 
 /// Ids 0 to 255 are the bytes, then these merges in order, then the special tokens.
 pub const MERGES: [(&str, &str); 8] = [
@@ -20,7 +21,8 @@ pub const TEMPLATE: &str = "\
     {%- if message['role'] == 'user' and message['content'] == 'forbidden' %}\n\
     {{- raise_exception('this word is forbidden') }}\n\
     {%- endif %}\n\
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}\n\
+    {{- '<|im_start|>' + message['role'] + '\\n' }}\n\
+    {{- message['content'] | trim + '<|im_end|>' + '\\n' }}\n\
     {%- endfor %}\n\
     {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}";
 

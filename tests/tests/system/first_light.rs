@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 fn question(cluster: &Cluster) -> Value {
     json!({
         "model": cluster.model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
         "temperature": 0,
         "max_tokens": 32,
     })
@@ -28,7 +28,7 @@ async fn two_unequal_workers_know_the_capital_of_france() {
 
     // The same through the command line.
     let url = cluster.url();
-    let prompt = "What is the capital of France?";
+    let prompt = "What is the capital of France? Answer in one sentence.";
     let said = evener_says(&["chat", "--url", url, "-p", prompt, "--temperature", "0"]).await;
     assert!(said.status.success(), "{said:?}");
     assert_eq!(said.stdout.trim(), text.trim());
@@ -64,7 +64,7 @@ async fn up_asks_prints_the_answer_and_ends() {
         "--listen",
         "127.0.0.1:0",
         "--ask",
-        "What is the capital of France?",
+        "What is the capital of France? Answer in one sentence.",
         "--exit-after-answer",
     ];
     let mark = format!("ask-{}", std::process::id());

@@ -82,7 +82,7 @@ async fn a_damaged_model_is_refused_with_what_and_where() {
         std::fs::write(&file, bytes).expect("the damaged file can be written");
         let sentence = refusal(what, &["--model", &file.display().to_string()]).await;
         assert!(sentence.contains("damaged.gguf"), "{what}: the file is not named in `{sentence}`");
-        let place = ["header", "metadata", "tensor", "magic", "byte", "GGUF"];
+        let place = ["header", "metadata", "tensor", "magic", "byte", "GGUF", "is empty"];
         assert!(
             place.iter().any(|word| sentence.contains(word)),
             "{what}: no place is named in `{sentence}`"

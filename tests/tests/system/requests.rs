@@ -152,9 +152,9 @@ async fn bad_requests_are_refused_by_name_and_the_next_one_works() {
         assert_eq!(got.1["error"]["param"], param, "{what}: {}", got.1);
         cluster.api.ask("/v1/chat/completions", &good).await;
     }
-    let (_, models) =
-        cluster.api.post("/v1/chat/completions", &json!({"model": "x", "messages": [{}]})).await;
-    assert!(models["error"]["message"].to_string().contains(&cluster.model), "{models}");
+    let unknown = &bad_bodies(&cluster.model)[0].1;
+    let (_, unknown) = cluster.api.post("/v1/chat/completions", unknown).await;
+    assert!(unknown["error"]["message"].to_string().contains(&cluster.model), "{unknown}");
     let overflow = &bad_bodies(&cluster.model)[4].1;
     let (_, overflow) = cluster.api.post("/v1/chat/completions", overflow).await;
     assert_eq!(overflow["error"]["code"], "context_length_exceeded");
