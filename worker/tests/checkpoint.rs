@@ -4,12 +4,14 @@
 
 mod support;
 
-use evener_worker::checkpoint::Checkpoint;
+use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::model::config::{Family, ModelConfig, Rope, RopePairs};
 use evener_worker::model::program::{Role, Weight};
-use tokenizers::Tokenizer;
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer};
 
+use support::gguf_writer::{File, Value};
 use support::real_model;
+use support::tiny_model::TinyModel;
 
 #[test]
 fn the_demo_model_is_described_as_it_is() {
@@ -90,4 +92,56 @@ fn a_slice_of_rows_and_columns_is_the_part_of_the_whole() {
         part.dequantized_row(row, &mut got);
         assert_eq!(got, expected[64..224]);
     }
+}
+
+fn tiny(change: impl FnOnce(&mut File)) -> Checkpoint {
+    let mut file = TinyModel::default().file();
+    change(&mut file);
+    Checkpoint::from_bytes(FileBytes::Owned(file.write().bytes)).unwrap()
+}
+
+#[test]
+fn each_pre_tokenizer_cuts_words_its_own_way() {
+    let text = "It's 2024,\n\n  x";
+    let check = |pre: &str, add_bos: bool, expected: &[&str]| {
+        let checkpoint = tiny(|file| {
+            file.set("tokenizer.ggml.pre", Value::String(pre.to_owned()));
+            file.remove("tokenizer.ggml.add_bos_token");
+        });
+        assert_eq!(checkpoint.description.add_bos, add_bos, "{pre}");
+        let tokenizer = Tokenizer::from_bytes(&checkpoint.description.tokenizer_json).unwrap();
+        let mut words = PreTokenizedString::from(text);
+        tokenizer.get_pre_tokenizer().unwrap().pre_tokenize(&mut words).unwrap();
+        let words = words.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        let words: Vec<&str> =
+            words.iter().map(|(_, (start, end), _)| &text[*start..*end]).collect();
+        assert_eq!(words, expected, "{pre}");
+        let encoding = tokenizer.encode("he said: naïve 🙂", false).unwrap();
+        assert_eq!(tokenizer.decode(encoding.get_ids(), false).unwrap(), "he said: naïve 🙂");
+        assert_eq!(encoding.get_ids()[0], 259, "the one merge is used");
+    };
+    check("gpt-2", false, &["It", "'s", " 2024", ",", "\n\n ", " x"]);
+    check("smollm", false, &["It", "'s", " ", "2", "0", "2", "4", ",", "\n\n ", " x"]);
+    check("llama-bpe", true, &["It", "'s", " ", "202", "4", ",\n\n", " ", " x"]);
+    check("qwen2", false, &["It", "'s", " ", "2", "0", "2", "4", ",\n\n", " ", " x"]);
+}
+
+#[test]
+fn tensors_no_weight_uses_are_listed() {
+    let checkpoint = tiny(|file| {
+        let mut extra = file.tensors[0].clone();
+        extra.name = "extra.weight".to_owned();
+        file.tensors.push(extra);
+    });
+    assert_eq!(checkpoint.unused_tensors, ["extra.weight"]);
+}
+
+#[test]
+fn fingerprints_tell_files_apart() {
+    let fingerprint = |seed| {
+        let bytes = TinyModel { seed, ..TinyModel::default() }.bytes();
+        Checkpoint::from_bytes(FileBytes::Owned(bytes)).unwrap().description.fingerprint
+    };
+    assert_eq!(fingerprint(1), fingerprint(1));
+    assert_ne!(fingerprint(1), fingerprint(2));
 }

@@ -1,12 +1,14 @@
-//! The whole model against candle-transformers' Llama on the same file, over real text. Also against
-//! that Llama with dequantised weights: its quantised matrices round activations to int8, so the two
-//! comparisons show what is ours and what is rounding.
+//! The whole model against candle-transformers' quantised Llama on the same file, over real text.
+//!
+//! Twice: with the oracle's matrices dequantised, which leaves nothing but the order of f32
+//! additions, and as it comes, where it rounds activations to 8 bits and so is itself some way off.
 
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
 use std::io::Cursor;
+use std::sync::OnceLock;
 
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
@@ -20,40 +22,54 @@ use support::gguf_writer::{File, Tensor as FileTensor, Value};
 use support::group::Group;
 use support::real_model;
 
-/// Positions compared with the oracle.
-const N_POSITIONS: usize = 512;
-/// Positions compared with the dequantised oracle, which is slow.
-const N_EXACT: usize = 96;
+/// The text is cut into sequences, which the oracle runs side by side.
+const N_SEQUENCES: usize = 4;
+const N_POSITIONS: usize = 128;
+/// Of each sequence, for what is too slow for all: the oracle as it comes, and further splits.
+const N_SHORT: usize = 32;
 
-/// Share of positions at which both would continue with the same token.
-const MIN_TOP_1: f64 = 0.99;
-/// Relative difference of the perplexities.
-const MAX_PERPLEXITY: f64 = 0.005;
-/// Logits of this model span about 40. Each of its 211 matrices rounds activations to 8 bits, in other
-/// blocks and at other places than the oracle does; that moves single logits by some tenths.
-const MAX_ROUNDING: f32 = 1.5;
-/// Against dequantised weights only the order of f32 additions differs.
-const MAX_REORDERING: f32 = 0.02;
-
-fn text_tokens(checkpoint: &Checkpoint) -> Vec<u32> {
-    let tokenizer = Tokenizer::from_bytes(&checkpoint.description.tokenizer_json).unwrap();
-    let text = include_str!("data/eveners.txt");
-    let mut tokens = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
-    assert!(tokens.len() > N_POSITIONS, "the text has only {} tokens", tokens.len());
-    tokens.truncate(N_POSITIONS + 1);
-    tokens
+/// What a backend must reach.
+#[derive(Debug, Clone, Copy)]
+struct Criteria {
+    /// Share of positions at which both would continue with the same token.
+    min_top_1: f64,
+    /// Relative difference of the perplexities.
+    max_perplexity: f64,
+    /// Of any logit; this model's span about 40.
+    max_difference: f32,
 }
 
-/// The oracle's logits of the first `n` positions: `[n, vocab]`.
-fn oracle_logits(file: &[u8], tokens: &[u32], n: usize) -> Vec<f32> {
+/// Only the order of f32 additions differs.
+const REORDERED: Criteria =
+    Criteria { min_top_1: 0.995, max_perplexity: 1e-4, max_difference: 0.01 };
+
+/// Activations are rounded to 8 bits, in blocks of 32 columns, before each of 211 matrices. Each of
+/// the five kinds of matrix alone changes the first token at 1 to 3 % of positions of this small
+/// model.
+const ROUNDED: Criteria = Criteria { min_top_1: 0.93, max_perplexity: 0.02, max_difference: 4.0 };
+
+/// The text's sequences, each with one token more than it has positions.
+fn text_sequences(checkpoint: &Checkpoint) -> Vec<Vec<u32>> {
+    let tokenizer = Tokenizer::from_bytes(&checkpoint.description.tokenizer_json).unwrap();
+    let text = include_str!("data/eveners.txt");
+    let tokens = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+    let sequences: Vec<Vec<u32>> =
+        tokens.windows(N_POSITIONS + 1).step_by(N_POSITIONS).map(<[u32]>::to_vec).collect();
+    assert!(sequences.len() >= N_SEQUENCES, "the text has only {} tokens", tokens.len());
+    sequences[..N_SEQUENCES].to_vec()
+}
+
+/// The oracle's logits of the first `n` positions of each sequence: `[n, vocab]`.
+fn oracle_logits(file: &[u8], sequences: &[Vec<u32>], n: usize) -> Vec<Vec<f32>> {
     let mut reader = Cursor::new(file);
     let content = gguf_file::Content::read(&mut reader).unwrap();
     let mut model = ModelWeights::from_gguf(content, &mut reader, &Device::Cpu).unwrap();
-    let mut logits = Vec::new();
-    for (position, &token) in tokens[..n].iter().enumerate() {
-        let input = Tensor::new(&[[token]], &Device::Cpu).unwrap();
-        let row = model.forward(&input, position).unwrap();
-        logits.extend(row.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    let mut logits = vec![Vec::new(); sequences.len()];
+    for position in 0..n {
+        let tokens: Vec<u32> = sequences.iter().map(|tokens| tokens[position]).collect();
+        let input = Tensor::from_vec(tokens, (sequences.len(), 1), &Device::Cpu).unwrap();
+        let rows = model.forward(&input, position).unwrap().to_vec2::<f32>().unwrap();
+        logits.iter_mut().zip(rows).for_each(|(logits, row)| logits.extend(row));
     }
     logits
 }
@@ -79,8 +95,7 @@ fn dequantised_file(checkpoint: &Checkpoint) -> Vec<u8> {
     file.set("llama.rope.freq_base", Value::F32(config.rope.theta));
     let split = shard::split(config, &[1]).unwrap();
     for weight in families::compile(config, &split, 0).weights {
-        let known = file.tensors.iter().any(|tensor| tensor.name == weight.tensor);
-        if known {
+        if file.tensors.iter().any(|tensor| tensor.name == weight.tensor) {
             continue;
         }
         let slice = checkpoint.slice(&weight).unwrap();
@@ -109,27 +124,41 @@ struct Comparison {
 }
 
 impl Comparison {
-    /// `tokens[i + 1]` is what follows position i.
-    fn new(ours: &[f32], oracle: &[f32], tokens: &[u32], vocab: usize) -> Self {
-        let n_positions = oracle.len() / vocab;
-        let ours = &ours[..oracle.len()];
-        let rows = || ours.chunks_exact(vocab).zip(oracle.chunks_exact(vocab));
-        let n_equal = rows().filter(|(a, b)| argmax(a) == argmax(b)).count();
-        let difference = |(a, b): (&f32, &f32)| {
-            let difference = (a - b).abs();
-            assert!(difference.is_finite(), "logits are finite");
-            difference
-        };
+    /// Over as many positions of each sequence as both have.
+    fn new(ours: &[Vec<f32>], oracle: &[Vec<f32>], sequences: &[Vec<u32>], vocab: usize) -> Self {
+        let (mut n_positions, mut n_equal, mut losses) = (0, 0, [0.0; 2]);
+        let mut largest_difference = 0.0f32;
+        for ((ours, oracle), tokens) in ours.iter().zip(oracle).zip(sequences) {
+            let rows = ours.chunks_exact(vocab).zip(oracle.chunks_exact(vocab));
+            for ((ours, oracle), &next) in rows.zip(&tokens[1..]) {
+                n_positions += 1;
+                n_equal += usize::from(argmax(ours) == argmax(oracle));
+                losses[0] += loss(ours, next);
+                losses[1] += loss(oracle, next);
+                for (a, b) in ours.iter().zip(oracle) {
+                    let difference = (a - b).abs();
+                    assert!(difference.is_finite(), "logits are finite");
+                    largest_difference = largest_difference.max(difference);
+                }
+            }
+        }
+        let n = f64::from(n_positions);
         Self {
-            n_positions,
-            top_1: n_equal as f64 / n_positions as f64,
-            perplexities: [ours, oracle].map(|logits| perplexity(logits, tokens, vocab)),
-            largest_difference: ours.iter().zip(oracle).map(difference).fold(0.0, f32::max),
+            n_positions: n_positions as usize,
+            top_1: n_equal as f64 / n,
+            perplexities: losses.map(|loss| (loss / n).exp()),
+            largest_difference,
         }
     }
 
-    fn relative_perplexity(&self) -> f64 {
-        (self.perplexities[0] / self.perplexities[1] - 1.0).abs()
+    fn check(&self, what: &str, n_positions: usize, criteria: Criteria) {
+        println!("{what}: {self:?}");
+        assert_eq!(self.n_positions, n_positions, "{what}");
+        let relative_perplexity = (self.perplexities[0] / self.perplexities[1] - 1.0).abs();
+        let Criteria { min_top_1, max_perplexity, max_difference } = criteria;
+        assert!(self.top_1 >= min_top_1, "{what}: {self:?}, wanted {criteria:?}");
+        assert!(relative_perplexity <= max_perplexity, "{what}: {self:?}, wanted {criteria:?}");
+        assert!(self.largest_difference <= max_difference, "{what}: {self:?}, wanted {criteria:?}");
     }
 }
 
@@ -137,53 +166,57 @@ fn argmax(row: &[f32]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 
-fn perplexity(logits: &[f32], tokens: &[u32], vocab: usize) -> f64 {
-    let rows = logits.chunks_exact(vocab);
-    let n = rows.len() as f64;
-    let loss = |(row, &next): (&[f32], &u32)| {
-        let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let sum: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
-        max + sum.ln() - f64::from(row[next as usize])
-    };
-    (rows.zip(&tokens[1..]).map(loss).sum::<f64>() / n).exp()
+/// Minus the log of the probability of the token that follows.
+fn loss(row: &[f32], next: u32) -> f64 {
+    let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+    max + sum.ln() - f64::from(row[next as usize])
 }
 
-fn against_the_oracle(kind: Kind) {
-    let checkpoint = Checkpoint::open(&real_model()).unwrap();
-    let (tokens, vocab) = (text_tokens(&checkpoint), checkpoint.config.vocab);
-    let group = Group { kind, shares: &[1], threads: 2, chunk: 64 };
-    let ours = group.logits(&checkpoint, &[&tokens[..N_POSITIONS]]).remove(0);
-    let oracle = oracle_logits(checkpoint.gguf().bytes(), &tokens, N_POSITIONS);
-    let comparison = Comparison::new(&ours, &oracle, &tokens, vocab);
-    println!("{kind:?} against candle-transformers, int8 activations: {comparison:?}");
-    assert_eq!(comparison.n_positions, N_POSITIONS);
-    assert!(comparison.top_1 >= MIN_TOP_1, "{comparison:?}");
-    assert!(comparison.relative_perplexity() <= MAX_PERPLEXITY, "{comparison:?}");
-    assert!(comparison.largest_difference <= MAX_ROUNDING, "{comparison:?}");
+/// Checkpoint, text and both oracles, made once.
+struct Oracles {
+    checkpoint: Checkpoint,
+    sequences: Vec<Vec<u32>>,
+    dequantised: Vec<Vec<f32>>,
+    rounded: Vec<Vec<f32>>,
+}
+
+fn oracles() -> &'static Oracles {
+    static ORACLES: OnceLock<Oracles> = OnceLock::new();
+    ORACLES.get_or_init(|| {
+        let checkpoint = Checkpoint::open(&real_model()).unwrap();
+        let sequences = text_sequences(&checkpoint);
+        let file = dequantised_file(&checkpoint);
+        let dequantised = oracle_logits(&file, &sequences, N_POSITIONS);
+        let rounded = oracle_logits(checkpoint.gguf().bytes(), &sequences, N_SHORT);
+        Oracles { checkpoint, sequences, dequantised, rounded }
+    })
+}
+
+/// Compares the first `n` positions with both oracles.
+fn check(kind: Kind, shares: &[u32], n: usize, criteria: Criteria) {
+    let Oracles { checkpoint, sequences, dequantised, rounded } = oracles();
+    let inputs: Vec<&[u32]> = sequences.iter().map(|tokens| &tokens[..n]).collect();
+    let group = Group { kind, shares, threads: 1, chunk: 48 };
+    let ours = group.logits(checkpoint, &inputs);
+    let vocab = checkpoint.config.vocab;
+    let what = format!("{kind:?} {shares:?} against f32 activations");
+    let comparison = Comparison::new(&ours, dequantised, sequences, vocab);
+    comparison.check(&what, N_SEQUENCES * n, criteria);
+    let what = format!("{kind:?} {shares:?} against 8-bit activations");
+    let comparison = Comparison::new(&ours, rounded, sequences, vocab);
+    comparison.check(&what, N_SEQUENCES * N_SHORT, ROUNDED);
+}
+
+#[test]
+fn reference_agrees_with_the_oracle_for_any_split() {
+    check(Kind::Reference, &[1], N_POSITIONS, REORDERED);
+    for shares in [&[1, 1][..], &[3, 2, 2], &[1, 1, 1, 1]] {
+        check(Kind::Reference, shares, N_SHORT, REORDERED);
+    }
 }
 
 #[test]
 fn cpu_agrees_with_the_oracle() {
-    against_the_oracle(Kind::Cpu);
-}
-
-#[test]
-fn reference_agrees_with_the_oracle() {
-    against_the_oracle(Kind::Reference);
-}
-
-#[test]
-fn reference_equals_the_oracle_with_dequantised_weights_for_any_split() {
-    let checkpoint = Checkpoint::open(&real_model()).unwrap();
-    let (tokens, vocab) = (text_tokens(&checkpoint), checkpoint.config.vocab);
-    let oracle = oracle_logits(&dequantised_file(&checkpoint), &tokens, N_EXACT);
-    for shares in [&[1][..], &[1, 1], &[3, 2, 2], &[1, 1, 1, 1]] {
-        let group = Group { kind: Kind::Reference, shares, threads: 1, chunk: 40 };
-        let ours = group.logits(&checkpoint, &[&tokens[..N_EXACT]]).remove(0);
-        let comparison = Comparison::new(&ours, &oracle, &tokens, vocab);
-        println!("reference {shares:?} against candle-transformers, f32: {comparison:?}");
-        assert_eq!(comparison.n_positions, N_EXACT);
-        assert!((comparison.top_1 - 1.0).abs() < f64::EPSILON, "{shares:?}: {comparison:?}");
-        assert!(comparison.largest_difference <= MAX_REORDERING, "{shares:?}: {comparison:?}");
-    }
+    check(Kind::Cpu, &[1], N_POSITIONS, ROUNDED);
 }

@@ -21,7 +21,7 @@ pub struct Options {
     pub describe_timeout: Duration,
     /// Until JoinGroup begins to answer.
     pub join_answer_timeout: Duration,
-    /// Of LeaveGroup.
+    /// Of LeaveGroup: aborting a rank that loads takes a worker some seconds. Pings tell sooner who is frozen.
     pub leave_timeout: Duration,
     /// Between two pings on an idle connection, and how long an answer may take: how a frozen worker is noticed.
     pub keepalive_interval: Duration,
@@ -34,9 +34,9 @@ impl Default for Options {
             connect_timeout: Duration::from_secs(2),
             describe_timeout: Duration::from_secs(60),
             join_answer_timeout: Duration::from_secs(10),
-            leave_timeout: Duration::from_secs(3),
-            keepalive_interval: Duration::from_secs(2),
-            keepalive_timeout: Duration::from_secs(5),
+            leave_timeout: Duration::from_secs(12),
+            keepalive_interval: Duration::from_secs(1),
+            keepalive_timeout: Duration::from_secs(3),
         }
     }
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use evener_coordinator::cluster;
 use evener_coordinator::config::Place;
-use evener_coordinator::group::handle::Directory;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -171,6 +170,21 @@ async fn a_worker_whose_registration_ends_leaves_its_group() {
     coordinator.ready("a group of one", |group| group.world_size == 1).await;
     let epoch = first.epoch.get();
     w1.called("to leave", |call| *call == Call::Leave { epoch }).await;
+}
+
+#[tokio::test]
+async fn a_frozen_worker_is_noticed_and_left_out() {
+    let mut coordinator = Coordinator::embedded(vec![deployment(None, &[])]).await;
+    let registry = coordinator.registry();
+    let w0 = ScriptedWorker::start("w0", &registry).await;
+    let w1 = ScriptedWorker::start("w1", &registry).await;
+    let first = coordinator.ready("a group of both", |group| group.world_size == 2).await;
+    let frozen = w1.freeze();
+    coordinator.missing("rank 1 (w1): ").await;
+    let second = coordinator.ready("a group of one", |group| group.world_size == 1).await;
+    assert!(second.epoch > first.epoch);
+    assert_eq!(second.lead_address, w0.address.to_string());
+    drop(frozen);
 }
 
 #[tokio::test]

@@ -65,6 +65,8 @@ pub fn options(registry: Place) -> cluster::Options {
         connect_timeout: Duration::from_secs(1),
         leave_timeout: Duration::from_secs(1),
         join_answer_timeout: Duration::from_secs(2),
+        keepalive_interval: Duration::from_millis(300),
+        keepalive_timeout: Duration::from_millis(1000),
         ..member::Options::default()
     };
     options

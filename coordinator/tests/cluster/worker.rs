@@ -140,6 +140,15 @@ impl ScriptedWorker {
         self.registered.cancel();
     }
 
+    /// Stops it as a debugger would: its sockets stay open and nothing answers, until the returned value is dropped.
+    pub fn freeze(&self) -> std::sync::mpsc::Sender<()> {
+        let (frozen, thaws) = std::sync::mpsc::channel();
+        let runtime = self.runtime.as_ref().unwrap();
+        // Its runtime has one thread, which waits here.
+        runtime.spawn(async move { thaws.recv().unwrap_err() });
+        frozen
+    }
+
     /// Ends it as a kill would: sockets close, the lease runs out.
     pub fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {

@@ -6,7 +6,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::activation::{Activation, BLOCK, quantise_row};
+use crate::activation::{Activation, BLOCK, Precision, quantise_row};
 use crate::isa::Isa;
 use crate::matrix::{Matrix, TILE_ROWS, Tiles};
 use crate::pool::{Pool, Shards, part};
@@ -213,9 +213,9 @@ impl Job<'_> {
         sum: &Sum<'_>,
     ) {
         let columns = self.weight.columns;
-        let n_blocks = columns / BLOCK;
+        let (n_blocks, terms) = (columns / BLOCK, scratch.precision.terms());
         let x = Rows::<M> {
-            q: std::array::from_fn(|m| slice(&scratch.q, first + m, columns)),
+            q: std::array::from_fn(|m| slice(&scratch.q, first + m, columns * terms)),
             d: std::array::from_fn(|m| slice(&scratch.d, first + m, n_blocks)),
             s: std::array::from_fn(|m| slice(&scratch.s, first + m, n_blocks)),
             isum: std::array::from_fn(|m| slice(&scratch.isum, first + m, n_blocks)),
@@ -229,7 +229,10 @@ impl Job<'_> {
             unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
         };
         let weights = TileWeights::of(&self.weight.tiles, tile, n_blocks);
-        run_tile(isa, &self.weight.tiles, &weights, &x, sum, store);
+        match scratch.precision {
+            Precision::Int8 => run_tile::<M, 1>(isa, &self.weight.tiles, &weights, &x, sum, store),
+            Precision::Int16 => run_tile::<M, 2>(isa, &self.weight.tiles, &weights, &x, sum, store),
+        }
     }
 }
 
@@ -258,6 +261,12 @@ impl<'a> TileWeights<'a> {
     }
 }
 
+/// The k-th integer of a block of activations, of one or two terms.
+#[inline(always)]
+pub(crate) fn integer<const TERMS: usize>(q: &[i8], k: usize) -> i32 {
+    if TERMS == 1 { i32::from(q[k]) } else { 256 * i32::from(q[k]) + i32::from(q[BLOCK + k]) }
+}
+
 /// The loop over parts, leaves and blocks, for any block kernel and accumulator.
 macro_rules! sum_leaves {
     ($M:ident, $sum:expr, $zero:expr, $add:expr, $lanes:expr, $block:expr, $store:expr) => {{
@@ -277,8 +286,8 @@ macro_rules! sum_leaves {
                 top += 1;
                 for _ in 0..$sum.merges[leaf] {
                     top -= 1;
-                    // SAFETY: `check_sum` saw that merges leave at least one sum: both were written.
                     let (left, right) =
+                        // SAFETY: `check_sum` saw that merges leave at least one sum: both were written.
                         unsafe { (stack[top - 1].assume_init(), stack[top].assume_init()) };
                     for m in 0..$M {
                         acc[m] = $add(left[m], right[m]);
@@ -288,8 +297,9 @@ macro_rules! sum_leaves {
                 leaf += 1;
             }
             if n_leaves > 0 {
-                // SAFETY: the first leaf wrote it.
-                let total = unsafe { stack[0].assume_init() };
+                let total =
+                    // SAFETY: the first leaf wrote it.
+                    unsafe { stack[0].assume_init() };
                 for m in 0..$M {
                     $store(p, m, &$lanes(total[m]));
                 }
@@ -304,7 +314,7 @@ fn add_lanes(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
 }
 
 #[inline(always)]
-fn run_tile_portable<const M: usize>(
+fn run_tile_portable<const M: usize, const TERMS: usize>(
     tiles: &Tiles,
     w: &TileWeights<'_>,
     x: &Rows<'_, M>,
@@ -320,7 +330,7 @@ fn run_tile_portable<const M: usize>(
             add_lanes,
             same,
             |b, acc: &mut _| {
-                q4_1::block_portable(w, b, x, acc);
+                q4_1::block_portable::<M, TERMS>(w, b, x, acc);
             },
             store
         ),
@@ -331,7 +341,7 @@ fn run_tile_portable<const M: usize>(
             add_lanes,
             same,
             |b, acc: &mut _| {
-                q8_0::block_portable(w, b, x, acc);
+                q8_0::block_portable::<M, TERMS>(w, b, x, acc);
             },
             store
         ),
@@ -351,7 +361,7 @@ fn run_tile_portable<const M: usize>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn run_tile_avx512<const M: usize>(
+fn run_tile_avx512<const M: usize, const TERMS: usize>(
     tiles: &Tiles,
     w: &TileWeights<'_>,
     x: &Rows<'_, M>,
@@ -373,7 +383,7 @@ fn run_tile_avx512<const M: usize>(
             _mm512_add_ps,
             lanes,
             |b, acc: &mut _| {
-                q4_1::avx512::block(w, b, x, acc);
+                q4_1::avx512::block::<M, TERMS>(w, b, x, acc);
             },
             store
         ),
@@ -384,28 +394,28 @@ fn run_tile_avx512<const M: usize>(
             _mm512_add_ps,
             lanes,
             |b, acc: &mut _| {
-                q8_0::avx512::block(w, b, x, acc);
+                q8_0::avx512::block::<M, TERMS>(w, b, x, acc);
             },
             store
         ),
-        Tiles::F32 { .. } => run_tile_portable(tiles, w, x, sum, store),
+        Tiles::F32 { .. } => run_tile_portable::<M, TERMS>(tiles, w, x, sum, store),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn run_tile_avx2<const M: usize>(
+fn run_tile_avx2<const M: usize, const TERMS: usize>(
     tiles: &Tiles,
     w: &TileWeights<'_>,
     x: &Rows<'_, M>,
     sum: &Sum<'_>,
     store: impl Fn(usize, usize, &[f32; 16]),
 ) {
-    run_tile_portable(tiles, w, x, sum, store);
+    run_tile_portable::<M, TERMS>(tiles, w, x, sum, store);
 }
 
 #[inline]
-fn run_tile<const M: usize>(
+fn run_tile<const M: usize, const TERMS: usize>(
     isa: Isa,
     tiles: &Tiles,
     w: &TileWeights<'_>,
@@ -416,10 +426,10 @@ fn run_tile<const M: usize>(
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `Isa` other than Portable was detected on this CPU.
-        Isa::Avx512Vnni => unsafe { run_tile_avx512(tiles, w, x, sum, store) },
+        Isa::Avx512Vnni => unsafe { run_tile_avx512::<M, TERMS>(tiles, w, x, sum, store) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { run_tile_avx2(tiles, w, x, sum, store) },
-        _ => run_tile_portable(tiles, w, x, sum, store),
+        Isa::Avx2 => unsafe { run_tile_avx2::<M, TERMS>(tiles, w, x, sum, store) },
+        _ => run_tile_portable::<M, TERMS>(tiles, w, x, sum, store),
     }
 }

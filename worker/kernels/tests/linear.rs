@@ -2,7 +2,7 @@
 //! instruction set, with any number of threads, in any batch and over any split of the columns.
 #![allow(clippy::unwrap_used)]
 
-use evener_kernels::activation::Activation;
+use evener_kernels::activation::{Activation, Precision};
 use evener_kernels::linear::{Input, Projection, Sum, linear, linear_parts};
 use evener_kernels::matrix::Source;
 use evener_kernels::quant::Format;
@@ -85,7 +85,14 @@ impl Source for Random {
     }
 }
 
-const FORMATS: [Format; 3] = [Format::Q4_1, Format::Q8_0, Format::F32];
+/// Every format with activations of either precision; f32 weights take f32 activations.
+const CASES: [(Format, Precision); 5] = [
+    (Format::Q4_1, Precision::Int8),
+    (Format::Q4_1, Precision::Int16),
+    (Format::Q8_0, Precision::Int8),
+    (Format::Q8_0, Precision::Int16),
+    (Format::F32, Precision::Int16),
+];
 const ROWS: usize = 40; // two whole tiles and a half one
 const COLUMNS: usize = 384;
 const TOKENS: usize = 19; // two full passes of eight, and three
@@ -95,10 +102,16 @@ fn input(tokens: usize) -> Vec<f32> {
     (0..tokens * COLUMNS).map(|_| noise.float()).collect()
 }
 
-fn multiply(isa: Isa, n_threads: usize, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+fn multiply(
+    isa: Isa,
+    n_threads: usize,
+    precision: Precision,
+    matrix: &Matrix,
+    x: &[f32],
+) -> Vec<f32> {
     let rows = x.len() / COLUMNS;
     let mut out = vec![f32::NAN; rows * matrix.rows()];
-    let mut scratch = Activation::with_capacity(x.len());
+    let mut scratch = Activation::with_capacity(x.len(), precision);
     let input = Input { x, rows, columns: COLUMNS, scratch: &mut scratch };
     let mut pool = Pool::new(n_threads, false);
     linear(&mut pool, isa, input, &mut [Projection { weight: matrix, out: &mut out }]);
@@ -110,18 +123,22 @@ fn bits(x: &[f32]) -> Vec<u32> {
 }
 
 #[test]
-fn products_are_those_of_plain_arithmetic_up_to_the_int8_step() {
+fn products_are_those_of_plain_arithmetic_up_to_half_a_step() {
     let x = input(TOKENS);
-    for format in FORMATS {
+    for (format, precision) in CASES {
         let random = Random::new(format, ROWS, COLUMNS);
         let matrix = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
-        let out = multiply(Isa::detect(), 1, &matrix, &x);
+        let out = multiply(Isa::detect(), 1, precision, &matrix, &x);
         for (token, x) in x.chunks(COLUMNS).enumerate() {
             for row in 0..ROWS {
                 let weights: Vec<f64> = (0..COLUMNS).map(|k| random.weight(row, k)).collect();
                 let want: f64 = weights.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum();
-                // Each activation is off by at most half a step of 1/127 of its block's maximum (<= 1).
-                let step = if matrix.is_quantised() { 0.5 / 127.0 } else { 1e-6 };
+                // Each activation is off by at most half a step of its block's maximum (<= 1).
+                let step = match (matrix.is_quantised(), precision) {
+                    (true, Precision::Int8) => 0.5 / 127.0,
+                    (true, Precision::Int16) => 0.5 / 32_512.0,
+                    (false, _) => 1e-6,
+                };
                 let bound = weights.iter().map(|w| w.abs()).sum::<f64>() * step + 1e-4;
                 let got = f64::from(out[token * ROWS + row]);
                 assert!(
@@ -136,13 +153,15 @@ fn products_are_those_of_plain_arithmetic_up_to_the_int8_step() {
 #[test]
 fn bits_do_not_depend_on_batch_threads_or_instruction_set() {
     let x = input(TOKENS);
-    for format in FORMATS {
+    for (format, precision) in CASES {
         let matrix = Matrix::pack(ROWS, COLUMNS, &Random::new(format, ROWS, COLUMNS), &mut |_| ());
-        let alone: Vec<f32> =
-            x.chunks(COLUMNS).flat_map(|x| multiply(Isa::Portable, 1, &matrix, x)).collect();
+        let alone: Vec<f32> = x
+            .chunks(COLUMNS)
+            .flat_map(|x| multiply(Isa::Portable, 1, precision, &matrix, x))
+            .collect();
         for isa in Isa::available() {
             for n_threads in [1, 2, 3] {
-                let batch = multiply(isa, n_threads, &matrix, &x);
+                let batch = multiply(isa, n_threads, precision, &matrix, &x);
                 assert_eq!(bits(&batch), bits(&alone), "{format:?} {isa:?} {n_threads}");
             }
         }
@@ -155,11 +174,11 @@ const MERGES: [u8; 6] = [0, 1, 1, 0, 1, 2];
 #[test]
 fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
     let x = input(TOKENS);
-    for format in FORMATS {
+    for (format, precision) in CASES {
         let mut random = Random::new(format, ROWS, COLUMNS);
         let whole = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
         let mut want = vec![0.0; TOKENS * ROWS];
-        let mut scratch = Activation::with_capacity(x.len());
+        let mut scratch = Activation::with_capacity(x.len(), precision);
         let mut pool = Pool::new(2, false);
         linear_parts(
             &mut pool,
@@ -204,7 +223,7 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
 
 #[test]
 fn rows_read_back_as_the_file_has_them() {
-    for format in FORMATS {
+    for (format, _) in CASES {
         let random = Random::new(format, ROWS, COLUMNS);
         let matrix = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
         let mut out = vec![0.0; COLUMNS];
@@ -224,5 +243,8 @@ fn a_nan_activation_reaches_the_output() {
     x[100] = f32::NAN;
     let matrix =
         Matrix::pack(ROWS, COLUMNS, &Random::new(Format::Q4_1, ROWS, COLUMNS), &mut |_| ());
-    assert!(multiply(Isa::detect(), 1, &matrix, &x).iter().all(|v| v.is_nan()));
+    for precision in [Precision::Int8, Precision::Int16] {
+        let out = multiply(Isa::detect(), 1, precision, &matrix, &x);
+        assert!(out.iter().all(|v| v.is_nan()), "{precision:?}");
+    }
 }

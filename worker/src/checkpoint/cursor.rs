@@ -1,5 +1,5 @@
-//! Reads little-endian numbers and strings out of bytes that may lie. No length is believed before it
-//! is compared with the bytes left, and nothing is allocated by a length.
+//! Reads little-endian numbers and strings out of bytes that may lie. No length is believed before
+//! it is compared with the bytes left, and nothing is allocated by a length.
 
 use std::ops::Range;
 

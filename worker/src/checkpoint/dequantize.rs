@@ -1,5 +1,5 @@
-//! Blocks of bytes to f32, one row at a time: plain and safe, for tables, vectors and checks. The fast
-//! kernels have their own layouts; candle's formulas agree with these bit by bit (tests).
+//! Blocks of bytes to f32, one row at a time: plain and safe, for tables, vectors and checks. The
+//! fast kernels have their own layouts; candle's formulas agree with these bit by bit (tests).
 //!
 //! Layouts are ggml's (`ggml-common.h`); d is a block's scale, m its minimum.
 
@@ -107,8 +107,8 @@ fn scale_min(j: usize, packed: &[u8]) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// d, dmin, 12 bytes of scales and minima, then 4 runs of 32 bytes: low halves are one sub-block of 32
-/// weights, high halves the next.
+/// d, dmin, 12 bytes of scales and minima, then 4 runs of 32 bytes: low halves are one sub-block of
+/// 32 weights, high halves the next.
 fn q4_k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (packed, quants) = (&block[4..16], &block[16..144]);
@@ -139,8 +139,8 @@ fn q5_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales, d. In two halves of 128 weights,
-/// each four runs of 32.
+/// 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales, d. In two halves of 128
+/// weights, each four runs of 32.
 fn q6_k(block: &[u8], out: &mut [f32]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half_at(block, 208);

@@ -1,7 +1,7 @@
 //! A checked reader of GGUF files, versions 2 and 3: header, metadata, tensor table, data.
 //!
-//! Opening checks everything but the weights themselves; it reads no tensor data. It knows no model.
-//! Layout: the GGUF specification of the ggml project.
+//! Opening checks everything but the weights themselves; it reads no tensor data. It knows no
+//! model. Layout: the GGUF specification of the ggml project.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -16,7 +16,8 @@ use super::metadata::{self, Metadata};
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_ALIGNMENT: u64 = 1 << 20;
 const MAX_TENSOR_NAME_BYTES: u64 = 1024;
-/// Key length, a byte of key, type, a byte of value; name length, dimensions, one of them, type, offset.
+/// Key length, a byte of key, type, a byte of value; name length, dimensions, one of them, type,
+/// offset.
 const MIN_METADATA_BYTES: u64 = 8 + 1 + 4 + 1;
 const MIN_TENSOR_BYTES: u64 = 8 + 4 + 8 + 4 + 8;
 
@@ -205,7 +206,8 @@ fn shape_and_size(dimensions: &[u64], format: Format) -> Result<([usize; 2], u64
         .and_then(|row| row.checked_mul(rows))
         .filter(|&n| n <= isize::MAX as u64)
         .ok_or_else(overflow)?;
-    // Below isize::MAX bytes, rows and columns fit a usize too: a weight takes more than half a byte.
+    // Below isize::MAX bytes, rows and columns fit a usize too: a weight takes more than half a
+    // byte.
     let shape = [usize::try_from(rows), usize::try_from(columns)];
     let [Ok(rows), Ok(columns)] = shape else { return Err(overflow()) };
     rows.checked_mul(columns).ok_or_else(overflow)?;

@@ -1,5 +1,5 @@
-//! A model file: opened and checked once, then cut into slices. It holds no weights of its own: they
-//! stay in the map until a backend reads its rank's rows.
+//! A model file: opened and checked once, then cut into slices. It holds no weights of its own:
+//! they stay in the map until a backend reads its rank's rows.
 //!
 //! Called by the session and by backends while they load.
 
@@ -65,8 +65,8 @@ pub enum Error {
 }
 
 impl Checkpoint {
-    /// Maps a file and checks everything but the weights themselves; reads no tensor data, but for a
-    /// few MiB of samples for the fingerprint.
+    /// Maps a file and checks everything but the weights themselves; reads no tensor data, but for
+    /// a few MiB of samples for the fingerprint.
     ///
     /// # Errors
     /// What is wrong and where, with the path.

@@ -1,8 +1,8 @@
-//! GGUF tokenizer metadata to a Hugging Face `tokenizer.json`, which the coordinator reads. It encodes
-//! nothing itself.
+//! GGUF tokenizer metadata to a Hugging Face `tokenizer.json`, which the coordinator reads. It
+//! encodes nothing itself.
 //!
-//! Byte-level BPE (Radford et al. 2019, GPT-2, section 2.2) with the pre-tokenizers listed below; the
-//! file adds no tokens on its own: whether a prompt starts with bos is said beside it.
+//! Byte-level BPE (Radford et al. 2019, GPT-2, section 2.2) with the pre-tokenizers listed below;
+//! the file adds no tokens on its own: whether a prompt starts with bos is said beside it.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,8 @@ pub enum Error {
     #[error("tokenizer model `{got}` is not supported; supported: gpt2 (byte-level BPE)")]
     Model { got: String },
     #[error(
-        "pre-tokenizer `{got}` is not supported; supported: default, gpt-2, smollm, llama-bpe, qwen2"
+        "pre-tokenizer `{got}` is not supported; supported: default, gpt-2, smollm, llama-bpe, \
+         qwen2"
     )]
     Pre { got: String },
     #[error("tokenizer.ggml.tokens: {got} tokens; the model has rows for {vocab}")]

@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn heads_that_do_not_divide_are_split_by_largest_remainder() {
-        check(&[1], &[0..9], &[0..3]);
+        check(&[1], std::slice::from_ref(&(0..9)), std::slice::from_ref(&(0..3)));
         check(&[1, 1], &[0..6, 6..9], &[0..2, 2..3]);
         check(&[2, 1], &[0..6, 6..9], &[0..2, 2..3]);
         check(&[1, 5], &[0..3, 3..9], &[0..1, 1..3]);

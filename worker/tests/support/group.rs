@@ -148,7 +148,8 @@ fn run_steps(
     logits
 }
 
-/// Blocks of different sequences alternate and run backwards, so that no backend can ignore the tables.
+/// Blocks of different sequences alternate and run backwards, so that no backend can ignore the
+/// tables.
 fn block_of(sequence: usize, index: usize, n_sequences: usize, n_blocks: usize) -> u32 {
     ((n_blocks - 1 - index) * n_sequences + sequence) as u32
 }
@@ -167,9 +168,10 @@ fn batch(step: u64, sequences: &[&[u32]], pieces: &[Piece]) -> Batch {
         });
         let block = |index| block_of(piece.sequence, index, sequences.len(), n_blocks);
         batch.block_tables.extend((0..used).map(block));
-        for position in piece.start..end {
+        let tokens = &sequences[piece.sequence][piece.start..end];
+        for (position, &token) in (piece.start..end).zip(tokens) {
             let slot = block(position / KV_BLOCK_LEN) as usize * KV_BLOCK_LEN;
-            batch.tokens.push(sequences[piece.sequence][position]);
+            batch.tokens.push(token);
             batch.positions.push(position as u32);
             batch.slots.push((slot + position % KV_BLOCK_LEN) as u32);
         }

@@ -6,7 +6,7 @@
 
 use half::f16;
 
-use crate::linear::{Rows, TileWeights};
+use crate::linear::{Rows, TileWeights, integer};
 use crate::matrix::{Aligned, Source, TILE_ROWS, Tiles};
 
 const FILE_BLOCK: usize = 20;
@@ -66,7 +66,7 @@ pub(crate) fn dequantise(
 
 /// Adds one block's products to the sums of M rows of activations; the reference for the fast kernels.
 #[inline(always)]
-pub(crate) fn block_portable<const M: usize>(
+pub(crate) fn block_portable<const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     b: usize,
     x: &Rows<'_, M>,
@@ -76,14 +76,14 @@ pub(crate) fn block_portable<const M: usize>(
     let d = &w.d[b * TILE_ROWS..(b + 1) * TILE_ROWS];
     let m = &w.m[b * TILE_ROWS..(b + 1) * TILE_ROWS];
     for row in 0..M {
-        let q = &x.q[row][b * 32..(b + 1) * 32];
+        let q = &x.q[row][b * 32 * TERMS..(b + 1) * 32 * TERMS];
         let (da, sa) = (x.d[row][b], x.s[row][b]);
         for lane in 0..TILE_ROWS {
             let mut dot = 0i32;
             for k in 0..16 {
                 let byte = quants[((k / 4) * TILE_ROWS + lane) * 4 + k % 4];
-                dot += i32::from(byte & 15) * i32::from(q[k]);
-                dot += i32::from(byte >> 4) * i32::from(q[k + 16]);
+                dot += i32::from(byte & 15) * integer::<TERMS>(q, k);
+                dot += i32::from(byte >> 4) * integer::<TERMS>(q, k + 16);
             }
             let scale = f16::from_bits(d[lane]).to_f32() * da;
             let sum = (dot as f32).mul_add(scale, acc[row][lane]);
@@ -99,10 +99,11 @@ pub(crate) mod avx512 {
     use super::TILE_BLOCK;
     use crate::linear::{Rows, TileWeights};
 
-    /// [`super::block_portable`] with `vpdpbusd`: nibbles are unsigned, activations signed.
+    /// [`super::block_portable`] with `vpdpbusd`: nibbles are unsigned, activations signed. One
+    /// activation term is summed in two chains, two terms in one chain each.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-    pub(crate) fn block<const M: usize>(
+    pub(crate) fn block<const M: usize, const TERMS: usize>(
         w: &TileWeights<'_>,
         b: usize,
         x: &Rows<'_, M>,
@@ -114,8 +115,8 @@ pub(crate) mod avx512 {
         unsafe {
             let quants = w.quants.as_ptr().add(b * TILE_BLOCK);
             let low = _mm512_set1_epi8(15);
-            let mut even = [_mm512_setzero_si512(); M];
-            let mut odd = [_mm512_setzero_si512(); M];
+            let mut one = [_mm512_setzero_si512(); M];
+            let mut two = [_mm512_setzero_si512(); M];
             for j in 0..4 {
                 let packed = _mm512_loadu_si512(quants.add(j * 64).cast());
                 if M == 1 {
@@ -124,17 +125,24 @@ pub(crate) mod avx512 {
                 let first = _mm512_and_si512(packed, low);
                 let second = _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low);
                 for row in 0..M {
-                    let q = x.q[row].as_ptr().add(b * 32 + j * 4);
-                    let a = _mm512_set1_epi32(q.cast::<i32>().read_unaligned());
-                    even[row] = _mm512_dpbusd_epi32(even[row], first, a);
-                    let a = _mm512_set1_epi32(q.add(16).cast::<i32>().read_unaligned());
-                    odd[row] = _mm512_dpbusd_epi32(odd[row], second, a);
+                    let q = x.q[row].as_ptr().add(b * 32 * TERMS + j * 4);
+                    let four =
+                        |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
+                    one[row] = _mm512_dpbusd_epi32(one[row], first, four(0));
+                    if TERMS == 1 {
+                        two[row] = _mm512_dpbusd_epi32(two[row], second, four(16));
+                    } else {
+                        two[row] = _mm512_dpbusd_epi32(two[row], first, four(32));
+                        one[row] = _mm512_dpbusd_epi32(one[row], second, four(16));
+                        two[row] = _mm512_dpbusd_epi32(two[row], second, four(48));
+                    }
                 }
             }
             let d = _mm512_cvtph_ps(_mm256_loadu_si256(w.d.as_ptr().add(b * 16).cast()));
             let m = _mm512_cvtph_ps(_mm256_loadu_si256(w.m.as_ptr().add(b * 16).cast()));
             for row in 0..M {
-                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even[row], odd[row]));
+                let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<8>(one[row]) };
+                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
                 let scale = _mm512_mul_ps(d, _mm512_set1_ps(*x.d[row].get_unchecked(b)));
                 acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
                 let sum = _mm512_set1_ps(*x.s[row].get_unchecked(b));

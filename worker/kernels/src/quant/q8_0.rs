@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use crate::linear::{Rows, TileWeights};
+use crate::linear::{Rows, TileWeights, integer};
 use crate::matrix::{Aligned, Source, TILE_ROWS, Tiles};
 
 const FILE_BLOCK: usize = 34;
@@ -61,7 +61,7 @@ pub(crate) fn dequantise(
 
 /// Adds one block's products to the sums of M rows of activations; the reference for the fast kernels.
 #[inline(always)]
-pub(crate) fn block_portable<const M: usize>(
+pub(crate) fn block_portable<const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     b: usize,
     x: &Rows<'_, M>,
@@ -70,13 +70,13 @@ pub(crate) fn block_portable<const M: usize>(
     let quants = &w.quants[b * TILE_BLOCK..(b + 1) * TILE_BLOCK];
     let d = &w.d[b * TILE_ROWS..(b + 1) * TILE_ROWS];
     for row in 0..M {
-        let q = &x.q[row][b * 32..(b + 1) * 32];
+        let q = &x.q[row][b * 32 * TERMS..(b + 1) * 32 * TERMS];
         let da = x.d[row][b];
         for lane in 0..TILE_ROWS {
             let mut dot = 0i32;
-            for (k, &q) in q.iter().enumerate() {
+            for k in 0..32 {
                 let byte = quants[((k / 4) * TILE_ROWS + lane) * 4 + k % 4];
-                dot += i32::from((byte ^ 128) as i8) * i32::from(q);
+                dot += i32::from((byte ^ 128) as i8) * integer::<TERMS>(q, k);
             }
             let scale = f16::from_bits(d[lane]).to_f32() * da;
             acc[row][lane] = (dot as f32).mul_add(scale, acc[row][lane]);
@@ -91,10 +91,11 @@ pub(crate) mod avx512 {
     use super::TILE_BLOCK;
     use crate::linear::{Rows, TileWeights};
 
-    /// [`super::block_portable`] with `vpdpbusd`.
+    /// [`super::block_portable`] with `vpdpbusd`. One activation term is summed in two chains, two terms in
+    /// one chain each.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-    pub(crate) fn block<const M: usize>(
+    pub(crate) fn block<const M: usize, const TERMS: usize>(
         w: &TileWeights<'_>,
         b: usize,
         x: &Rows<'_, M>,
@@ -105,11 +106,11 @@ pub(crate) mod avx512 {
         // and every activation row has 32 columns of it.
         unsafe {
             let quants = w.quants.as_ptr().add(b * TILE_BLOCK);
-            let mut even = [_mm512_setzero_si512(); M];
-            let mut odd = [_mm512_setzero_si512(); M];
+            let mut one = [_mm512_setzero_si512(); M];
+            let mut two = [_mm512_setzero_si512(); M];
             for row in 0..M {
                 let offset = x.isum[row].get_unchecked(b).wrapping_mul(-128);
-                even[row] = _mm512_set1_epi32(offset);
+                two[row] = _mm512_set1_epi32(offset);
             }
             for j in 0..4 {
                 let first = _mm512_loadu_si512(quants.add(j * 128).cast());
@@ -119,16 +120,23 @@ pub(crate) mod avx512 {
                     _mm_prefetch::<_MM_HINT_T0>(quants.add(j * 128 + 64 + 4 * TILE_BLOCK).cast());
                 }
                 for row in 0..M {
-                    let q = x.q[row].as_ptr().add(b * 32 + j * 8);
-                    let a = _mm512_set1_epi32(q.cast::<i32>().read_unaligned());
-                    even[row] = _mm512_dpbusd_epi32(even[row], first, a);
-                    let a = _mm512_set1_epi32(q.add(4).cast::<i32>().read_unaligned());
-                    odd[row] = _mm512_dpbusd_epi32(odd[row], second, a);
+                    let q = x.q[row].as_ptr().add(b * 32 * TERMS + j * 8);
+                    let four =
+                        |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
+                    one[row] = _mm512_dpbusd_epi32(one[row], first, four(0));
+                    if TERMS == 1 {
+                        two[row] = _mm512_dpbusd_epi32(two[row], second, four(4));
+                    } else {
+                        two[row] = _mm512_dpbusd_epi32(two[row], first, four(32));
+                        one[row] = _mm512_dpbusd_epi32(one[row], second, four(4));
+                        two[row] = _mm512_dpbusd_epi32(two[row], second, four(36));
+                    }
                 }
             }
             let d = _mm512_cvtph_ps(_mm256_loadu_si256(w.d.as_ptr().add(b * 16).cast()));
             for row in 0..M {
-                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even[row], odd[row]));
+                let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<8>(one[row]) };
+                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
                 let scale = _mm512_mul_ps(d, _mm512_set1_ps(*x.d[row].get_unchecked(b)));
                 acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
             }

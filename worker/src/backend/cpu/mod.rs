@@ -8,7 +8,7 @@ mod weights;
 use std::sync::Arc;
 
 use evener_collective::{Collective, Tag};
-use evener_kernels::activation::Activation;
+use evener_kernels::activation::{Activation, Precision};
 use evener_kernels::attention::{self, Heads, KvCache, Scratch, attend};
 use evener_kernels::elementwise::silu_gate;
 use evener_kernels::linear::{self, Input, Sum, linear, linear_parts};
@@ -24,6 +24,10 @@ use weights::Weights;
 pub use weights::load;
 
 const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
+
+/// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses another token than
+/// exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16 both vanish, for twice the multiplications.
+const PRECISION: Precision = Precision::Int16;
 
 /// A rank's packed weights.
 pub struct Cpu {
@@ -88,7 +92,7 @@ impl Rank {
             pool: Pool::new(options.threads, options.spin),
             buffers,
             caches: (0..program.n_layers).map(|_| new_cache()).collect(),
-            activation: Activation::with_capacity(tokens * widest),
+            activation: Activation::with_capacity(tokens * widest, PRECISION),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             angles: Angles::new(weights.rope, tokens),
             sampled: vec![0.0; options.max_sample_rows * widest],
