@@ -11,7 +11,11 @@ fn evener(args: &[&str], environment: &[(&str, &str)]) -> Output {
             command.env_remove(key);
         }
     }
-    command.args(args).envs(environment.iter().copied()).output().expect("the binary can be started")
+    command
+        .args(args)
+        .envs(environment.iter().copied())
+        .output()
+        .expect("the binary can be started")
 }
 
 fn stdout(output: &Output) -> String {

@@ -23,6 +23,9 @@ pub const READY: Duration = Duration::from_secs(90);
 /// Longest wait for anything else to happen.
 pub const SOON: Duration = Duration::from_secs(60);
 
+/// A prompt that the demo model goes on with for as long as it may: no test hangs on when a story ends.
+pub const ENDLESS: &str = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25";
+
 /// Waits until `probe` answers, or panics with `what` was waited for.
 pub async fn eventually<T, F>(what: &str, deadline: Duration, mut probe: impl FnMut() -> F) -> T
 where

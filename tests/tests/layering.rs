@@ -49,7 +49,8 @@ fn read(file: &Path) -> Source {
         .windows(2)
         .position(|two| {
             let next = two[1].trim_start();
-            two[0].trim() == "#[cfg(test)]" && (next.starts_with("mod tests") || next.starts_with("#["))
+            two[0].trim() == "#[cfg(test)]"
+                && (next.starts_with("mod tests") || next.starts_with("#["))
         })
         .unwrap_or(lines.len());
     Source { path, lines, tests_from }
@@ -197,7 +198,12 @@ fn the_engine_thread_and_below_have_no_async() {
     }
     let below = ["worker/kernels/src", "worker/collective/src"];
     for under in below {
-        assert_only(under, &["async", "await", "tokio", "futures"], &[], "no async below the engine");
+        assert_only(
+            under,
+            &["async", "await", "tokio", "futures"],
+            &[],
+            "no async below the engine",
+        );
     }
 }
 
@@ -205,7 +211,9 @@ fn the_engine_thread_and_below_have_no_async() {
 fn layers_of_the_worker_look_down_only() {
     let rule = "engine, model, backend and checkpoint do not know the service, the session or the registry";
     let up = ["crate::service", "crate::session", "crate::registration", "evener_proto"];
-    for under in ["worker/src/engine", "worker/src/model", "worker/src/backend", "worker/src/checkpoint"] {
+    for under in
+        ["worker/src/engine", "worker/src/model", "worker/src/backend", "worker/src/checkpoint"]
+    {
         let found: Vec<String> = sources(under)
             .iter()
             .filter(|s| up.iter().any(|word| s.lines[..s.tests_from].join("\n").contains(word)))
@@ -249,9 +257,11 @@ fn unsafe_stays_behind_its_fences() {
 
 #[test]
 fn every_block_of_unsafe_says_why_it_is_sound() {
-    for fence in ["worker/kernels/src", "worker/collective/src", "worker/src/checkpoint", "cli/src"] {
+    for fence in ["worker/kernels/src", "worker/collective/src", "worker/src/checkpoint", "cli/src"]
+    {
         for source in sources(fence) {
-            let text = std::fs::read_to_string(root().join(&source.path)).expect("it was read before");
+            let text =
+                std::fs::read_to_string(root().join(&source.path)).expect("it was read before");
             let lines: Vec<&str> = text.lines().collect();
             for (i, line) in source.lines.iter().enumerate() {
                 let begins_a_block = line.contains("unsafe {") || line.contains("unsafe impl");
@@ -270,7 +280,15 @@ fn every_block_of_unsafe_says_why_it_is_sound() {
 
 #[test]
 fn every_file_opens_with_what_it_is() {
-    for under in ["proto/src", "coordinator/src", "worker/src", "worker/kernels/src", "worker/collective/src", "cli/src", "tests"] {
+    for under in [
+        "proto/src",
+        "coordinator/src",
+        "worker/src",
+        "worker/kernels/src",
+        "worker/collective/src",
+        "cli/src",
+        "tests",
+    ] {
         let mut files = Vec::new();
         collect(&root().join(under), &mut files);
         for file in files {

@@ -1,13 +1,13 @@
 //! SIGTERM: what runs is finished, nothing new is taken, everything ends with status 0.
 
-use evener_tests::{Cluster, End, SOON, eventually, text_of};
+use evener_tests::{Cluster, ENDLESS, End, SOON, eventually, text_of};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_runs_is_finished_before_the_end() {
     let mut cluster = Cluster::builder().start().await;
     let body = json!({
-        "model": cluster.model, "prompt": "Once upon a time", "max_tokens": 200, "temperature": 0,
+        "model": cluster.model, "prompt": ENDLESS, "max_tokens": 200, "temperature": 0,
     });
     let undisturbed = cluster.api.stream("/v1/completions", &body).await.rest().await;
     let mut stream = cluster.api.stream("/v1/completions", &body).await;

@@ -1,12 +1,10 @@
 //! A worker that dies is heard: no stream ends cleanly short of its end, and the cluster heals.
 
-use evener_tests::{Cluster, End, SOON, text_of};
+use evener_tests::{Cluster, ENDLESS, End, SOON, text_of};
 use serde_json::{Value, json};
 
-const PROMPT: &str = "Write a very long story about a team of horses:";
-
 fn body(cluster: &Cluster) -> Value {
-    json!({"model": cluster.model, "prompt": PROMPT, "max_tokens": 400, "temperature": 0})
+    json!({"model": cluster.model, "prompt": ENDLESS, "max_tokens": 400, "temperature": 0})
 }
 
 /// Kills the worker of `rank` while a stream runs.
@@ -28,6 +26,7 @@ async fn a_kill_is_not_seen_as_a_short_answer(rank: usize) {
     events.extend(rest);
     let text = text_of(&events);
     let failed = events.last().is_some_and(|event| !event["error"].is_null());
+    println!("after the kill of rank {rank} the stream ended with {end:?}");
     match end {
         End::Done => assert_eq!(text, whole, "the stream came to its end with another text"),
         End::Broken => {

@@ -33,6 +33,12 @@ async fn two_unequal_workers_know_the_capital_of_france() {
     assert!(said.status.success(), "{said:?}");
     assert_eq!(said.stdout.trim(), text.trim());
 
+    // Load reports come each second; the first may be from before the group was ready.
+    let serving = |worker: &Value| worker["state"] == "serving";
+    let all_serve = |status: &Value| {
+        status["workers"].as_array().is_some_and(|workers| workers.iter().all(serving))
+    };
+    cluster.api.until("both workers report that they serve", all_serve).await;
     let status = evener_says(&["status", "--url", url]).await;
     assert!(status.status.success(), "{status:?}");
     for expected in ["w0", "w1", "serving", "ready", "heads 0..6", "heads 6..9", "shm"] {

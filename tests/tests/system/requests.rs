@@ -1,6 +1,6 @@
 //! Requests side by side, requests that nobody waits for any more, and requests that nobody should send.
 
-use evener_tests::{Cluster, raw_request};
+use evener_tests::{Cluster, ENDLESS, raw_request};
 use futures::future::join_all;
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ fn lead_tokens(status: &Value) -> u64 {
 async fn a_dropped_client_frees_its_sequence() {
     let cluster = Cluster::builder().start().await;
     let body = json!({
-        "model": cluster.model, "prompt": "A long story:", "max_tokens": 4000, "temperature": 0,
+        "model": cluster.model, "prompt": ENDLESS, "max_tokens": 4000, "temperature": 0,
     });
     let mut stream = cluster.api.stream("/v1/completions", &body).await;
     stream.next().await.expect("a first event");
