@@ -162,6 +162,7 @@ fn generated_messages_stop_at_the_border_files() {
                 "coordinator/src/cluster/etcd",
                 "coordinator/src/cluster/member.rs",
                 "coordinator/src/cluster/records.rs",
+                "coordinator/src/group/link.rs",
                 "coordinator/src/group/stream.rs",
             ],
         ),
