@@ -43,10 +43,14 @@ struct Criteria {
 const REORDERED: Criteria =
     Criteria { min_top_1: 0.995, max_perplexity: 1e-4, max_difference: 0.01 };
 
-/// Activations are rounded to 8 bits, in blocks of 32 columns, before each of 211 matrices. Each of
-/// the five kinds of matrix alone changes the first token at 1 to 3 % of positions of this small
-/// model.
-const ROUNDED: Criteria = Criteria { min_top_1: 0.93, max_perplexity: 0.02, max_difference: 4.0 };
+/// Activations are rounded to 16 bits, in blocks of 32 columns, before each of 211 matrices: a step is a
+/// 32512th of a block's maximum. 0.011 was measured; the bound leaves room for other texts and machines.
+const ROUNDED_16: Criteria =
+    Criteria { min_top_1: 0.99, max_perplexity: 0.005, max_difference: 0.1 };
+
+/// The oracle as it comes rounds activations to 8 bits itself, and so chooses another token than its own
+/// f32 arithmetic at 3 to 5 % of positions of this small model: no accurate backend can be closer.
+const ROUNDED_8: Criteria = Criteria { min_top_1: 0.93, max_perplexity: 0.02, max_difference: 4.0 };
 
 /// The text's sequences, each with one token more than it has positions.
 fn text_sequences(checkpoint: &Checkpoint) -> Vec<Vec<u32>> {
@@ -205,7 +209,7 @@ fn check(kind: Kind, shares: &[u32], n: usize, criteria: Criteria) {
     comparison.check(&what, N_SEQUENCES * n, criteria);
     let what = format!("{kind:?} {shares:?} against 8-bit activations");
     let comparison = Comparison::new(&ours, rounded, sequences, vocab);
-    comparison.check(&what, N_SEQUENCES * N_SHORT, ROUNDED);
+    comparison.check(&what, N_SEQUENCES * N_SHORT, ROUNDED_8);
 }
 
 #[test]
@@ -218,5 +222,6 @@ fn reference_agrees_with_the_oracle_for_any_split() {
 
 #[test]
 fn cpu_agrees_with_the_oracle() {
-    check(Kind::Cpu, &[1], N_POSITIONS, ROUNDED);
+    check(Kind::Cpu, &[1], N_POSITIONS, ROUNDED_16);
+    check(Kind::Cpu, &[3, 2, 2], N_SHORT, ROUNDED_16);
 }
