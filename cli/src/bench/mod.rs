@@ -34,7 +34,7 @@ pub struct Options {
     #[command(flatten)]
     #[serde(flatten)]
     shape: Shape,
-    /// Tokens of each prompt.
+    /// Tokens of each prompt, about.
     #[arg(long, env = "EVENER_PROMPT_TOKENS", value_name = "N", default_value_t = 64)]
     prompt_tokens: u32,
     /// Tokens of each answer.
@@ -64,7 +64,6 @@ struct Report {
     shares: Vec<u32>,
     threads_per_worker: usize,
     backend: String,
-    prompt_tokens: u32,
     /// Bytes of weights over all ranks.
     weight_bytes: u64,
     /// Bytes per second read from memory by one thread, and by as many as the workers have.
@@ -83,6 +82,8 @@ struct Outcome {
     time_to_first_token_ms: Spread,
     /// Tokens that were generated in a stream, of those asked for.
     tokens: Spread,
+    /// Tokens that the prompts turned out to have.
+    prompt_tokens: Spread,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -124,7 +125,6 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
         shares: plan.shares.clone(),
         threads_per_worker: plan.threads,
         backend: view.workers.first().map_or_else(String::new, |w| w.device.backend.clone()),
-        prompt_tokens: options.prompt_tokens,
         weight_bytes: view.workers.iter().map(|w| w.resident_weight_bytes).sum(),
         read_bandwidth_1,
         n_threads,
@@ -142,7 +142,8 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
 async fn measure(options: &Options, client: &Client, model: &str) -> anyhow::Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     for &concurrency in &options.concurrency {
-        let (mut rates, mut firsts, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut rates, mut firsts) = (Vec::new(), Vec::new());
+        let (mut counts, mut prompts) = (Vec::new(), Vec::new());
         for run in 0..=options.runs {
             let streams = (0..concurrency).map(|i| stream(options, client, model, i));
             let timings = try_join_all(streams).await?;
@@ -152,6 +153,7 @@ async fn measure(options: &Options, client: &Client, model: &str) -> anyhow::Res
             rates.push(rate(&timings)?);
             firsts.extend(timings.iter().map(|t| t.to_first.as_secs_f64() * 1e3));
             counts.extend(timings.iter().map(|t| t.tokens as f64));
+            prompts.extend(timings.iter().map(|t| t.prompt_tokens as f64));
             eprintln!("{concurrency} at once, run {run}: {:.1} tok/s", rates[rates.len() - 1]);
         }
         outcomes.push(Outcome {
@@ -159,6 +161,7 @@ async fn measure(options: &Options, client: &Client, model: &str) -> anyhow::Res
             decode_tok_s: Spread::of(rates),
             time_to_first_token_ms: Spread::of(firsts),
             tokens: Spread::of(counts),
+            prompt_tokens: Spread::of(prompts),
         });
     }
     Ok(outcomes)
@@ -169,6 +172,7 @@ struct Timing {
     first: Instant,
     last: Instant,
     tokens: u64,
+    prompt_tokens: u64,
 }
 
 /// One streamed completion.
@@ -178,11 +182,10 @@ async fn stream(
     model: &str,
     nth: usize,
 ) -> anyhow::Result<Timing> {
-    // Token ids, so that the prompt has exactly the length asked for; another text for each stream. Ids from 1000 to
-    // 2000 are ordinary pieces of words in every vocabulary served.
-    let prompt: Vec<u64> = (0..u64::from(options.prompt_tokens))
-        .map(|i| 1000 + (i * 37 + nth as u64 * 101) % 1000)
-        .collect();
+    // One word over and over: about one token each, another word for each stream, and a model at temperature 0 goes on
+    // with it for as long as it may.
+    const WORDS: [&str; 8] = [" la", " ha", " no", " go", " so", " do", " me", " we"];
+    let prompt = WORDS[nth % WORDS.len()].repeat(options.prompt_tokens as usize);
     let sampling = Sampling {
         temperature: Some(0.0),
         max_tokens: Some(options.tokens),
@@ -190,7 +193,7 @@ async fn stream(
     };
     let start = Instant::now();
     let mut answer = client.complete(model, &json!(prompt), &sampling).await?;
-    let (mut first, mut last, mut tokens) = (None, start, 0);
+    let (mut first, mut last, mut tokens, mut prompt_tokens) = (None, start, 0, 0);
     while let Some(events) = answer.next().await? {
         let now = Instant::now();
         for event in events {
@@ -200,12 +203,14 @@ async fn stream(
                     last = now;
                 }
                 Event::Finish(_) => last = now,
-                Event::Usage { completion, .. } => tokens = completion,
+                Event::Usage { prompt, completion } => {
+                    (prompt_tokens, tokens) = (prompt, completion)
+                }
             }
         }
     }
     let first = first.context("a stream brought no token")?;
-    Ok(Timing { to_first: first - start, first, last, tokens })
+    Ok(Timing { to_first: first - start, first, last, tokens, prompt_tokens })
 }
 
 /// Tokens per second of all streams together, between the first token of any and the last of all.
@@ -236,22 +241,22 @@ fn render(report: &Report) -> String {
     let gb = |bytes: f64| format!("{:.1} GB/s", bytes / 1e9);
     let shares: Vec<String> = report.shares.iter().map(u32::to_string).collect();
     let mut out = format!(
-        "{}, shares {}, {} thread(s) a worker, backend {}, prompts of {} tokens\n\
+        "{}, shares {}, {} thread(s) a worker, backend {}\n\
          memory read: {} with 1 thread, {} with {}\n\n",
         report.model,
         shares.join(":"),
         report.threads_per_worker,
         report.backend,
-        report.prompt_tokens,
         gb(report.read_bandwidth_1),
         gb(report.read_bandwidth_n),
         report.n_threads,
     );
     let mut table = Table::new(&[
         "streams",
-        "decode tok/s",
-        "first token ms",
+        "prompt",
         "tokens",
+        "first token ms",
+        "decode tok/s",
         "weights read",
         "of memory",
     ]);
@@ -261,9 +266,10 @@ fn render(report: &Report) -> String {
         let bytes_s = steps_s * report.weight_bytes as f64;
         table.row(vec![
             result.concurrency.to_string(),
-            result.decode_tok_s.show(),
+            format!("{:.0}", result.prompt_tokens.median),
+            format!("{:.0}", result.tokens.median),
             result.time_to_first_token_ms.show(),
-            result.tokens.show(),
+            result.decode_tok_s.show(),
             gb(bytes_s),
             format!("{:.0} %", 100.0 * bytes_s / report.read_bandwidth_n),
         ]);
@@ -284,6 +290,7 @@ mod tests {
             first: start + Duration::from_secs(first),
             last: start + Duration::from_secs(last),
             tokens,
+            prompt_tokens: 1,
         };
         assert_eq!(rate(&[timing(1, 3, 11)]).ok(), Some(5.0));
         assert_eq!(rate(&[timing(1, 3, 11), timing(2, 6, 11)]).ok(), Some(4.0));
