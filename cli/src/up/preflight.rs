@@ -2,8 +2,9 @@
 //!
 //! Every refusal says what was asked, what stood against it and what would work.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use evener_proto::ids::ModelName;
@@ -16,6 +17,8 @@ use crate::plan;
 use crate::ports::{self, Reserved};
 use crate::values::{Bytes, Registry};
 
+/// Longest wait for one address of etcd.
+const ETCD_TIMEOUT: Duration = Duration::from_secs(2);
 /// Tokens of KV cache that a worker must at least have room for, over all sequences.
 const MIN_KV_TOKENS: u64 = 512;
 /// A worker's own needs beside weights and cache: code, buffers, tokenizer, the runtime.
@@ -55,7 +58,10 @@ impl Plan {
         let http = ports::reserve(listen)?;
         let registry = match &shape.registry {
             Registry::Embedded => Some(ports::reserve(SocketAddr::from(([127, 0, 0, 1], 0)))?),
-            Registry::Etcd(_) => None,
+            Registry::Etcd(addresses) => {
+                check_etcd(addresses)?;
+                None
+            }
             Registry::EmbeddedAt(address) => bail!(
                 "--registry embedded://{address} is another coordinator's registry, and `evener up` \
                  starts its own coordinator; write embedded, or join that one with `evener worker`"
@@ -96,6 +102,22 @@ fn threads(shape: &Shape, n_workers: usize) -> anyhow::Result<usize> {
         Some(n) => Ok(n),
         None => Ok((cores / n_workers).max(1)),
     }
+}
+
+/// Whether any member of the etcd cluster answers now. Later it may come and go.
+fn check_etcd(addresses: &[String]) -> anyhow::Result<()> {
+    let answers = |address: &String| {
+        let resolved = address.to_socket_addrs().into_iter().flatten();
+        let mut resolved = resolved.take(4);
+        resolved.any(|socket| TcpStream::connect_timeout(&socket, ETCD_TIMEOUT).is_ok())
+    };
+    if addresses.iter().any(answers) {
+        return Ok(());
+    }
+    bail!(
+        "no etcd answers at {}; start one there, or leave --registry out to use the embedded registry",
+        addresses.join(" or ")
+    )
 }
 
 /// What each rank may use for its KV cache, if that is bounded.

@@ -64,7 +64,11 @@ impl Progress {
             let Some(worker) = view.workers.iter().find(|w| w.id == rank.worker) else { continue };
             let member = view.member(&worker.id);
             let stage = member.and_then(|m| m.stage.as_deref()).unwrap_or(&worker.state);
-            let total = member.and_then(|m| m.bytes_total).filter(|&n| n > 0).unwrap_or(rank.total);
+            // The worker knows better than the plan what it loads, and says so only while it loads.
+            if let Some(total) = member.and_then(|m| m.bytes_total).filter(|&total| total > 0) {
+                rank.total = rank.total.max(total);
+            }
+            let total = rank.total;
             let done = match stage {
                 "ready" | "warming" => total,
                 _ => member.and_then(|m| m.bytes_done).unwrap_or(0).min(total),

@@ -105,6 +105,19 @@ async fn a_port_in_use_is_refused() {
 }
 
 #[tokio::test]
+async fn a_registry_that_is_not_there_is_refused() {
+    let model = model().display().to_string();
+    let args = ["--model", &model, "--registry", "etcd://127.0.0.1:1"];
+    check("no etcd", &args, &["127.0.0.1:1", "embedded registry"]).await;
+    let args = ["--model", &model, "--registry", "consul://127.0.0.1:1"];
+    let mark = "refusal-registry";
+    let up = [&["up"][..], &args].concat();
+    let ended = Process::start("evener up", Path::new(&evener()), &up, mark).ended(READY).await;
+    assert!(!ended.status.success(), "{ended:?}");
+    assert!(ended.stderr.contains("etcd://HOST:PORT"), "{ended:?}");
+}
+
+#[tokio::test]
 async fn too_little_memory_is_refused() {
     let model = model().display().to_string();
     check(
