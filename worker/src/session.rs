@@ -179,6 +179,10 @@ impl Session {
         if asked <= state.newest {
             return Err(Error::Stale { asked, newest: state.newest });
         }
+        if join.token.is_empty() {
+            let serving = "attaching to it without its token cannot begin it".to_owned();
+            return Err(Error::NotServed { asked, serving });
+        }
         if state.is_draining {
             return Err(Error::Draining);
         }

@@ -337,6 +337,7 @@ async fn joins_that_cannot_be_are_refused_with_a_reason() {
     check(|r| r.members.clear(), Code::InvalidArgument, "among the 0 members").await;
     check(|r| r.members[0].share = 0, Code::InvalidArgument, "share of rank 0 is 0").await;
     check(|r| r.step_timeout_ms = 0, Code::InvalidArgument, "step_timeout_ms").await;
+    check(|r| r.token.clear(), Code::FailedPrecondition, "without its token").await;
     check(|r| r.group_id = "a/b".to_owned(), Code::InvalidArgument, "group id").await;
     // And a good one is still accepted.
     cluster.join(9, &[1]).await;
