@@ -176,7 +176,8 @@ impl Chat {
 
 fn show(text: &str) {
     let mut out = std::io::stdout();
-    // A closed pipe ends the process at its next write; nothing better can be done with a piece of text.
+    // A closed pipe ends the process at its next write; nothing better can be done with a piece of
+    // text.
     if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
         std::process::exit(1);
     }

@@ -1,7 +1,7 @@
 //! Child processes that never outlive this one, and what they say on stderr.
 //!
-//! The only file of the command line with `unsafe`: two system calls that the standard library lacks. It knows
-//! processes and log lines, not what a coordinator or a worker is; `up/` does.
+//! The only file of the command line with `unsafe`: two system calls that the standard library
+//! lacks. It knows processes and log lines, not what a coordinator or a worker is; `up/` does.
 
 #![allow(unsafe_code)]
 
@@ -70,7 +70,8 @@ impl Child {
 
 /// Starts this binary again with `spec.args`; its end is reported to `exits`.
 ///
-/// Must be called from a thread that lives as long as the child may: the kernel ties the child's life to it.
+/// Must be called from a thread that lives as long as the child may: the kernel ties the child's
+/// life to it.
 pub fn spawn(spec: &Spec, exits: mpsc::Sender<Exit>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("the path of this program is unknown")?;
     let log = File::options().create(true).append(true).open(&spec.log);
@@ -82,7 +83,8 @@ pub fn spawn(spec: &Spec, exits: mpsc::Sender<Exit>) -> anyhow::Result<Child> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
-        // Its own process group: Ctrl-C on a terminal reaches the parent alone, which drains the children in order.
+        // Its own process group: Ctrl-C on a terminal reaches the parent alone, which drains the
+        // children in order.
         .process_group(0)
         .kill_on_drop(true);
     // Children get every option as a flag; the parent's environment must not add others.
@@ -144,7 +146,8 @@ fn send(pid: Option<u32>, signal: i32) {
     }
 }
 
-/// Copies lines to the log and, where people should see them, to our stderr. Returns the child's last words.
+/// Copies lines to the log and, where people should see them, to our stderr. Returns the child's
+/// last words.
 async fn pump(stderr: impl AsyncRead + Unpin, mut log: File, echo: Echo) -> String {
     let mut lines = BufReader::new(stderr).split(b'\n');
     let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
@@ -176,7 +179,8 @@ impl Echo {
     }
 }
 
-/// Whether a log line is a warning or an error, or no log line at all (a panic, the linker, the kernel).
+/// Whether a log line is a warning or an error, or no log line at all (a panic, the linker, the
+/// kernel).
 fn deserves_attention(line: &str) -> bool {
     if line.starts_with(ERROR_PREFIX) {
         // Reported by the parent, with what it was doing.

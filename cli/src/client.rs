@@ -1,6 +1,7 @@
 //! The command line as a client of a running cluster: readiness, status, and streamed answers.
 //!
-//! It speaks the public HTTP API only. An answer that stops early is an error here, never a short answer.
+//! It speaks the public HTTP API only. An answer that stops early is an error here, never a short
+//! answer.
 
 use std::time::Duration;
 

@@ -33,10 +33,12 @@ pub struct Options {
     /// Where membership and load stand: embedded (in this process) or etcd://HOST:PORT[,HOST:PORT].
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded")]
     pub registry: Registry,
-    /// Address at which an embedded registry is offered to workers (their --registry embedded://ADDRESS).
+    /// Address at which an embedded registry is offered to workers (their --registry
+    /// embedded://ADDRESS).
     #[arg(long, env = "EVENER_REGISTRY_LISTEN", default_value = "127.0.0.1:8081")]
     pub registry_listen: SocketAddr,
-    /// Model to serve, by the name its workers hold it under; default: whatever the registry asks for.
+    /// Model to serve, by the name its workers hold it under; default: whatever the registry asks
+    /// for.
     #[arg(long, env = "EVENER_DEPLOY", value_name = "NAME")]
     pub deploy: Option<String>,
     /// Workers that share the deployed model; default: as many as shares, else all that hold it.
@@ -70,7 +72,8 @@ impl Options {
             let world_size = match self.group_size {
                 Some(0) => bail!("--group-size 0 asks for no worker; a group needs at least 1"),
                 Some(n) if n_shares > 0 && n != n_shares => bail!(
-                    "--shares names {n_shares} workers and --group-size asks for {n}; they must agree"
+                    "--shares names {n_shares} workers and --group-size asks for {n}; they must \
+                     agree"
                 ),
                 Some(n) => Some(n),
                 None => (n_shares > 0).then_some(n_shares),

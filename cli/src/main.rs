@@ -141,8 +141,8 @@ fn run() -> anyhow::Result<()> {
     }
 }
 
-/// For verbs that start children: the kernel ties a child's life to the thread that started it, so that must be the one
-/// that lives as long as the process.
+/// For verbs that start children: the kernel ties a child's life to the thread that started it, so
+/// that must be the one that lives as long as the process.
 fn on_this_thread(verb: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("the async runtime cannot be started")?;

@@ -1,12 +1,13 @@
-//! From what people type after `--model` to a file, and from the file to the name it is served under.
+//! From what people type after `--model` to a file, and from the file to the name it is served
+//! under.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use evener_proto::ids::ModelName;
 
-/// Directories searched for a model that is named and not given as a path: `EVENER_MODELS` (separated by colons), then
-/// `.cache/models` here, where `make run` keeps the demo model.
+/// Directories searched for a model that is named and not given as a path: `EVENER_MODELS`
+/// (separated by colons), then `.cache/models` here, where `make run` keeps the demo model.
 fn directories() -> Vec<PathBuf> {
     let named = std::env::var_os("EVENER_MODELS").unwrap_or_default();
     let mut dirs: Vec<PathBuf> =
@@ -63,7 +64,8 @@ fn stem(file: &Path) -> String {
     file.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
 }
 
-/// Whether `name` is the file's stem, or its stem up to the quantisation (`Model` for `Model.Q4_1.gguf`).
+/// Whether `name` is the file's stem, or its stem up to the quantisation (`Model` for
+/// `Model.Q4_1.gguf`).
 fn is_named(file: &Path, name: &str) -> bool {
     let stem = stem(file).to_lowercase();
     let name = name.to_lowercase();

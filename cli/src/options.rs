@@ -1,7 +1,8 @@
 //! How options reach a verb: flags, then `EVENER_*`, then one TOML file, then the default.
 //!
-//! Each option is declared and documented once, as a field of its verb's `Options`. The file's values are handed to
-//! clap as defaults, so that flags and environment win over them without a second definition anywhere.
+//! Each option is declared and documented once, as a field of its verb's `Options`. The file's
+//! values are handed to clap as defaults, so that flags and environment win over them without a
+//! second definition anywhere.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

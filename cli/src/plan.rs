@@ -20,7 +20,8 @@ const EXAMPLES: &str = "Examples:
 #[serde(rename_all = "kebab-case")]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// PATH of a GGUF file, or NAME of one in EVENER_MODELS (directories, separated by colons) or .cache/models.
+    /// PATH of a GGUF file, or NAME of one in EVENER_MODELS (directories, separated by colons) or
+    /// .cache/models.
     #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME")]
     model: String,
     /// Weights of the workers in the split, such as 2:1.

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use anyhow::anyhow;
 use tokio::net::TcpSocket;
 
-/// An address bound but not listened on: the kernel gives it to no one who asks for a free port, yet a child may listen
-/// on it, because both sockets allow reuse and only one listens.
+/// An address bound but not listened on: the kernel gives it to no one who asks for a free port,
+/// yet a child may listen on it, because both sockets allow reuse and only one listens.
 #[derive(Debug)]
 pub struct Reserved {
     _socket: TcpSocket,
@@ -35,7 +35,8 @@ pub fn reserve(wanted: SocketAddr) -> anyhow::Result<Reserved> {
              0.0.0.0 always work"
         ),
         std::io::ErrorKind::PermissionDenied => anyhow!(
-            "cannot listen on {wanted}: ports below 1024 need privileges; choose another with --listen"
+            "cannot listen on {wanted}: ports below 1024 need privileges; choose another with \
+             --listen"
         ),
         _ => anyhow!("cannot listen on {wanted}: {error}"),
     })

@@ -1,4 +1,5 @@
-//! Checked values of options: shares, sizes, registries. Parsed once at the command line, never checked again.
+//! Checked values of options: shares, sizes, registries. Parsed once at the command line, never
+//! checked again.
 
 use std::fmt;
 use std::str::FromStr;
@@ -128,7 +129,8 @@ impl fmt::Display for Registry {
 pub enum Backend {
     /// Evener's own kernels.
     Cpu,
-    /// Every operation in plain candle tensors: slow, obvious, the truth the others are tested against.
+    /// Every operation in plain candle tensors: slow, obvious, the truth the others are tested
+    /// against.
     Reference,
 }
 

@@ -1,4 +1,5 @@
-//! `GET /status` as the command line reads it: tolerant of fields it does not know, empty where one is missing.
+//! `GET /status` as the command line reads it: tolerant of fields it does not know, empty where one
+//! is missing.
 
 use anyhow::Context;
 use serde::Deserialize;

@@ -26,10 +26,12 @@ part of the model it loads. It stays when the registry or the coordinator goes a
 #[serde(rename_all = "kebab-case")]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// Name of this worker in its cluster; ranks follow the order of names. Default: host name and process id.
+    /// Name of this worker in its cluster; ranks follow the order of names. Default: host name and
+    /// process id.
     #[arg(long, env = "EVENER_ID")]
     pub id: Option<String>,
-    /// Model it can serve: PATH of a GGUF file, or NAME=PATH; may be repeated. NAME defaults to the file's stem.
+    /// Model it can serve: PATH of a GGUF file, or NAME=PATH; may be repeated. NAME defaults to the
+    /// file's stem.
     #[arg(
         long,
         env = "EVENER_MODEL",
@@ -38,7 +40,8 @@ pub struct Options {
         value_delimiter = ','
     )]
     pub model: Vec<String>,
-    /// Where membership stands: embedded://HOST:PORT of a coordinator, or etcd://HOST:PORT[,HOST:PORT].
+    /// Where membership stands: embedded://HOST:PORT of a coordinator, or
+    /// etcd://HOST:PORT[,HOST:PORT].
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded://127.0.0.1:8081")]
     pub registry: Registry,
     /// Address at which the coordinator reaches it; port 0 takes any free one.
@@ -56,7 +59,8 @@ pub struct Options {
     /// How ranks of one host exchange partial sums.
     #[arg(long, env = "EVENER_TRANSPORT", value_enum, default_value_t = Transport::Auto)]
     pub transport: Transport,
-    /// Memory of its KV cache, such as 2GiB; default: what full contexts need, at most a quarter of what is available.
+    /// Memory of its KV cache, such as 2GiB; default: what full contexts need, at most a quarter of
+    /// what is available.
     #[arg(long, env = "EVENER_KV_MEMORY", value_name = "SIZE")]
     pub kv_memory: Option<Bytes>,
     /// Sequences that run at once; more wait.
@@ -127,7 +131,8 @@ fn held(text: &str) -> anyhow::Result<config::Model> {
     Ok(config::Model { name: models::served_name(&path, name)?, path })
 }
 
-/// The host's name, so that people know it again, and the process id, so that a host may run several.
+/// The host's name, so that people know it again, and the process id, so that a host may run
+/// several.
 fn default_id() -> anyhow::Result<WorkerId> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host: String = host

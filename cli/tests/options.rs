@@ -1,6 +1,8 @@
-//! The binary's command line from outside: help, printed configuration, and where options come from.
+//! The binary's command line from outside: help, printed configuration, and where options come
+//! from.
 //!
-//! That this test exists also makes `cargo test` build the binary, which the system tests in `tests/` start.
+//! That this test exists also makes `cargo test` build the binary, which the system tests in
+//! `tests/` start.
 
 use std::process::{Command, Output};
 

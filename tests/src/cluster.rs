@@ -29,7 +29,8 @@ pub struct Builder {
     args: Vec<String>,
 }
 
-/// A running cluster. Dropping it kills all its processes; if the test failed, their output is shown.
+/// A running cluster. Dropping it kills all its processes; if the test failed, their output is
+/// shown.
 pub struct Cluster {
     pub api: Api,
     /// The name the model is served under.
@@ -42,7 +43,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Two equal workers of one thread with the demo model and the embedded registry, by `evener up`.
+    /// Two equal workers of one thread with the demo model and the embedded registry, by `evener
+    /// up`.
     #[must_use]
     pub fn builder() -> Builder {
         Builder {

@@ -1,4 +1,5 @@
-//! The HTTP API as a client sees it: JSON in and out, streams event by event, and raw bytes for what no client would send.
+//! The HTTP API as a client sees it: JSON in and out, streams event by event, and raw bytes for
+//! what no client would send.
 
 use std::time::Duration;
 
@@ -169,7 +170,8 @@ pub fn text_of(events: &[Value]) -> String {
     pieces.collect()
 }
 
-/// Sends bytes as they are and reads whatever comes back until the server closes or `SOON` has passed.
+/// Sends bytes as they are and reads whatever comes back until the server closes or `SOON` has
+/// passed.
 ///
 /// # Panics
 /// Nobody listens.

@@ -1,8 +1,9 @@
-//! The system from outside: real processes of the real binary, driven as people and clients drive it.
+//! The system from outside: real processes of the real binary, driven as people and clients drive
+//! it.
 //!
-//! A test says what cluster it wants and gets one on free ports, with its logs kept for the day it fails:
-//! `Cluster::builder().workers(3).shares("3:2:2").start().await`. Everything is killed on drop. No test sleeps; each
-//! waits for a named state with a deadline.
+//! A test says what cluster it wants and gets one on free ports, with its logs kept for the day it
+//! fails: `Cluster::builder().workers(3).shares("3:2:2").start().await`. Everything is killed on
+//! drop. No test sleeps; each waits for a named state with a deadline.
 
 mod binary;
 mod cluster;
@@ -18,12 +19,14 @@ pub use process::{Ended, Process, living_processes_marked};
 
 use std::time::Duration;
 
-/// Longest wait for a cluster to be ready. Loading takes a second or two; a busy machine may be ten times slower.
+/// Longest wait for a cluster to be ready. Loading takes a second or two; a busy machine may be ten
+/// times slower.
 pub const READY: Duration = Duration::from_secs(90);
 /// Longest wait for anything else to happen.
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// A prompt that the demo model goes on with for as long as it may: no test hangs on when a story ends.
+/// A prompt that the demo model goes on with for as long as it may: no test hangs on when a story
+/// ends.
 pub const ENDLESS: &str = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25";
 
 /// Waits until `probe` answers, or panics with `what` was waited for.

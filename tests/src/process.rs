@@ -1,4 +1,5 @@
-//! One process under test: its output kept, its end awaited with a deadline, its life ended on drop.
+//! One process under test: its output kept, its end awaited with a deadline, its life ended on
+//! drop.
 
 use std::ffi::OsStr;
 use std::path::Path;

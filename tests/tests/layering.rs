@@ -1,7 +1,7 @@
 //! Who may know whom: reads the sources and keeps ARCHITECTURE.md's map true.
 //!
-//! It reads `use` lines, paths and attributes as text, comments left out. A rule that the compiler can keep (crate against
-//! crate) is checked on the manifests; the rest on the files.
+//! It reads `use` lines, paths and attributes as text, comments left out. A rule that the compiler
+//! can keep (crate against crate) is checked on the manifests; the rest on the files.
 
 use std::path::{Path, PathBuf};
 
@@ -190,7 +190,8 @@ fn generated_messages_stop_at_the_border_files() {
 
 #[test]
 fn the_engine_thread_and_below_have_no_async() {
-    // The handle is the other end of the engine's channels: it lives on the runtime, not on the engine's thread.
+    // The handle is the other end of the engine's channels: it lives on the runtime, not on the
+    // engine's thread.
     let rule = "no async in the engine thread or below";
     assert_only("worker/src/engine", &["async", "await"], &["worker/src/engine/handle.rs"], rule);
     for under in ["worker/src/model", "worker/src/backend", "worker/src/checkpoint"] {
@@ -209,7 +210,7 @@ fn the_engine_thread_and_below_have_no_async() {
 
 #[test]
 fn layers_of_the_worker_look_down_only() {
-    let rule = "engine, model, backend and checkpoint do not know the service, the session or the registry";
+    let rule = "what is below the session knows no service, session or registry";
     let up = ["crate::service", "crate::session", "crate::registration", "evener_proto"];
     for under in
         ["worker/src/engine", "worker/src/model", "worker/src/backend", "worker/src/checkpoint"]

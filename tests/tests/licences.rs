@@ -1,4 +1,5 @@
-//! Every dependency, direct or not, comes from a package registry under a licence that Apache-2.0 code may be shipped with.
+//! Every dependency, direct or not, comes from a package registry under a licence that Apache-2.0
+//! code may be shipped with.
 
 use std::process::Command;
 
@@ -22,7 +23,8 @@ const ALLOWED: [&str; 13] = [
     "Zlib",
 ];
 
-/// Whether an SPDX expression can be met by allowed licences alone: one of each OR, all of each AND.
+/// Whether an SPDX expression can be met by allowed licences alone: one of each OR, all of each
+/// AND.
 fn is_allowed(expression: &str) -> bool {
     let expression = expression.replace('/', " OR ");
     let tokens: Vec<String> = expression
@@ -105,7 +107,8 @@ fn every_dependency_may_be_shipped() {
         if !is_allowed(licence) {
             refused.push(format!("{name}: licence `{licence}`"));
         }
-        // Our own have no source; all others must come from a package registry, none from a repository.
+        // Our own have no source; all others must come from a package registry, none from a
+        // repository.
         if package["source"].as_str().is_some_and(|source| !source.starts_with("registry+")) {
             refused.push(format!("{name}: source {}", package["source"]));
         }

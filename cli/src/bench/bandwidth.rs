@@ -4,7 +4,8 @@ use std::hint::black_box;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Bytes each thread reads in one pass; beyond the second-level cache and, together, beyond most third levels.
+/// Bytes each thread reads in one pass; beyond the second-level cache and, together, beyond most
+/// third levels.
 const BYTES_PER_THREAD: usize = 256 << 20;
 const MIN_TIME: Duration = Duration::from_millis(600);
 

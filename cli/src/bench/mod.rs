@@ -1,8 +1,8 @@
-//! `evener bench`: how fast a cluster on this machine answers, through the whole HTTP path, and how near that is to what
-//! its memory allows.
+//! `evener bench`: how fast a cluster on this machine answers, through the whole HTTP path, and how
+//! near that is to what its memory allows.
 //!
-//! Decoding one stream reads every weight once a token, so tokens per second times weight bytes is the memory traffic
-//! that the figure implies.
+//! Decoding one stream reads every weight once a token, so tokens per second times weight bytes is
+//! the memory traffic that the figure implies.
 
 mod bandwidth;
 
@@ -182,8 +182,8 @@ async fn stream(
     model: &str,
     nth: usize,
 ) -> anyhow::Result<Timing> {
-    // One word over and over: about one token each, another word for each stream, and a model at temperature 0 goes on
-    // with it for as long as it may.
+    // One word over and over: about one token each, another word for each stream, and a model at
+    // temperature 0 goes on with it for as long as it may.
     const WORDS: [&str; 8] = [" la", " ha", " no", " go", " so", " do", " me", " we"];
     let prompt = WORDS[nth % WORDS.len()].repeat(options.prompt_tokens as usize);
     let sampling = Sampling {

@@ -1,4 +1,5 @@
-//! The children of one `evener up`: start them all, wait until they serve, restart what dies, stop them in order.
+//! The children of one `evener up`: start them all, wait until they serve, restart what dies, stop
+//! them in order.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -207,7 +208,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Drains: first the coordinator, so that no request is cut, then the workers. A signal kills what is left.
+    /// Drains: first the coordinator, so that no request is cut, then the workers. A signal kills
+    /// what is left.
     ///
     /// # Errors
     /// A process that had to be killed or ended with an error.

@@ -1,6 +1,7 @@
 //! `evener up`: a whole cluster on this machine, as child processes of this one.
 //!
-//! One coordinator and N workers, each this same binary. They end with this process, whatever ends it.
+//! One coordinator and N workers, each this same binary. They end with this process, whatever ends
+//! it.
 
 mod cluster;
 mod preflight;
@@ -38,7 +39,8 @@ Talk to the cluster with `evener chat`, look at it with `evener status`.";
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Shape {
-    /// PATH of a GGUF file, or NAME of one in EVENER_MODELS (directories, separated by colons) or .cache/models.
+    /// PATH of a GGUF file, or NAME of one in EVENER_MODELS (directories, separated by colons) or
+    /// .cache/models.
     #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME")]
     pub model: String,
     /// Name it is served under; default: the file's stem.
@@ -53,7 +55,8 @@ pub struct Shape {
     /// Threads of each worker; default: the cores divided by the workers, at least 1.
     #[arg(long, env = "EVENER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
-    /// Where membership and load stand: embedded (in the coordinator) or etcd://HOST:PORT[,HOST:PORT].
+    /// Where membership and load stand: embedded (in the coordinator) or
+    /// etcd://HOST:PORT[,HOST:PORT].
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded")]
     pub registry: Registry,
     /// What computes.
@@ -71,7 +74,8 @@ pub struct Shape {
     /// Longest wait for running requests when asked to stop, in seconds.
     #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
-    /// Directory under which each run keeps its logs; default: evener in the system's temporary directory.
+    /// Directory under which each run keeps its logs; default: evener in the system's temporary
+    /// directory.
     #[arg(long, env = "EVENER_LOG_DIR", value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
     /// Show every log line of the children here, not only warnings and errors.
@@ -124,7 +128,8 @@ fn greeting(cluster: &Cluster) -> String {
     format!(
         "\nServing {name} at {url}/v1\n\n  \
          curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
-         -d '{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'\n\n"
+         -d '{{\"model\": \"{name}\", \
+         \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'\n\n"
     )
 }
 

@@ -1,4 +1,5 @@
-//! What can be known before any process is started: the model opens, the shares split, memory suffices, the port is free.
+//! What can be known before any process is started: the model opens, the shares split, memory
+//! suffices, the port is free.
 //!
 //! Every refusal says what was asked, what stood against it and what would work.
 
@@ -63,8 +64,8 @@ impl Plan {
                 None
             }
             Registry::EmbeddedAt(address) => bail!(
-                "--registry embedded://{address} is another coordinator's registry, and `evener up` \
-                 starts its own coordinator; write embedded, or join that one with `evener worker`"
+                "--registry embedded://{address} is another coordinator's registry, and \
+                 `evener up` starts its own coordinator; write embedded, or join that one with `evener worker`"
             ),
         };
         let shape = shape.clone();
@@ -115,7 +116,8 @@ fn check_etcd(addresses: &[String]) -> anyhow::Result<()> {
         return Ok(());
     }
     bail!(
-        "no etcd answers at {}; start one there, or leave --registry out to use the embedded registry",
+        "no etcd answers at {}; start one there, or leave --registry out to use the embedded \
+         registry",
         addresses.join(" or ")
     )
 }

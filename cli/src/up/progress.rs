@@ -1,4 +1,5 @@
-//! How loading looks while one waits: a bar for each rank on a terminal, a line now and then elsewhere.
+//! How loading looks while one waits: a bar for each rank on a terminal, a line now and then
+//! elsewhere.
 
 use std::io::IsTerminal;
 

@@ -5,10 +5,13 @@ use std::path::Path;
 use evener_tests::{Cluster, Process, SOON, evener};
 use serde_json::{Value, json};
 
+/// Plain enough that the small model names Paris and nothing else.
+const QUESTION: &str = "What is the capital of France? Answer in one sentence.";
+
 fn question(cluster: &Cluster) -> Value {
     json!({
         "model": cluster.model,
-        "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
+        "messages": [{"role": "user", "content": QUESTION}],
         "temperature": 0,
         "max_tokens": 32,
     })
@@ -28,8 +31,7 @@ async fn two_unequal_workers_know_the_capital_of_france() {
 
     // The same through the command line.
     let url = cluster.url();
-    let prompt = "What is the capital of France? Answer in one sentence.";
-    let said = evener_says(&["chat", "--url", url, "-p", prompt, "--temperature", "0"]).await;
+    let said = evener_says(&["chat", "--url", url, "-p", QUESTION, "--temperature", "0"]).await;
     assert!(said.status.success(), "{said:?}");
     assert_eq!(said.stdout.trim(), text.trim());
 
@@ -70,7 +72,7 @@ async fn up_asks_prints_the_answer_and_ends() {
         "--listen",
         "127.0.0.1:0",
         "--ask",
-        "What is the capital of France? Answer in one sentence.",
+        QUESTION,
         "--exit-after-answer",
     ];
     let mark = format!("ask-{}", std::process::id());

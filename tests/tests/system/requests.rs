@@ -1,4 +1,5 @@
-//! Requests side by side, requests that nobody waits for any more, and requests that nobody should send.
+//! Requests side by side, requests that nobody waits for any more, and requests that nobody should
+//! send.
 
 use evener_tests::{Cluster, ENDLESS, raw_request};
 use futures::future::join_all;
