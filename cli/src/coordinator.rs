@@ -30,7 +30,7 @@ pub struct Options {
     /// Address of the HTTP API.
     #[arg(long, env = "EVENER_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Where membership and load stand: embedded (in this process) or etcd://HOST:PORT[,HOST:PORT].
+    /// Where membership and load stand: embedded (in this process) or etcd://HOST:PORT,....
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded")]
     pub registry: Registry,
     /// Address at which an embedded registry is offered to workers (their --registry

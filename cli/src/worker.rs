@@ -41,7 +41,7 @@ pub struct Options {
     )]
     pub model: Vec<String>,
     /// Where membership stands: embedded://HOST:PORT of a coordinator, or
-    /// etcd://HOST:PORT[,HOST:PORT].
+    /// etcd://HOST:PORT,....
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded://127.0.0.1:8081")]
     pub registry: Registry,
     /// Address at which the coordinator reaches it; port 0 takes any free one.

@@ -56,7 +56,7 @@ pub struct Shape {
     #[arg(long, env = "EVENER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
     /// Where membership and load stand: embedded (in the coordinator) or
-    /// etcd://HOST:PORT[,HOST:PORT].
+    /// etcd://HOST:PORT,....
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded")]
     pub registry: Registry,
     /// What computes.
