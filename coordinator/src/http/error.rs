@@ -203,7 +203,9 @@ impl Class {
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let class = self.class();
-        if class.status.is_server_error() {
+        // Probes ask again and again; the supervisor has said why it is not ready.
+        let is_probe = matches!(self, Self::NotReady { .. });
+        if class.status.is_server_error() && !is_probe {
             tracing::warn!(status = class.status.as_u16(), error = %self, "request failed");
         }
         let mut response = (class.status, Json(self.body())).into_response();

@@ -1,7 +1,6 @@
 //! Every op in plain candle-core tensors, f32: slow and obvious, the truth that other backends are
 //! tested against. No int8 activations, no fusion, no buffers kept between steps.
 
-use std::collections::HashMap;
 use std::ops::{ControlFlow, Range};
 
 use candle_core::{D, Device, Tensor};
@@ -44,25 +43,21 @@ pub(super) fn load(
     program: Program,
     progress: &mut Progress<'_>,
 ) -> Result<Box<dyn Loaded>, LoadError> {
+    let ids = || (0..program.weights.len()).map(WeightId);
     let mut total = 0;
-    for weight in &program.weights {
-        total += checkpoint.slice(weight)?.n_bytes() as u64;
+    for id in ids().filter(|&id| program.twin(id).is_none()) {
+        total += checkpoint.slice(&program.weights[id.0])?.n_bytes() as u64;
     }
     let (mut done, mut resident_bytes) = (0, 0);
-    // A tied head is the embedding: one tensor for both.
-    let mut known: HashMap<(&str, Range<usize>, Range<usize>), Tensor> = HashMap::new();
-    let mut weights = Vec::with_capacity(program.weights.len());
-    for weight in &program.weights {
-        let key = (weight.tensor.as_str(), weight.rows.clone(), weight.columns.clone());
-        let tensor = match known.get(&key) {
-            Some(tensor) => tensor.clone(),
-            None => {
-                let tensor = dequantize(checkpoint, weight)?;
-                resident_bytes += 4 * tensor.elem_count() as u64;
-                known.insert(key, tensor.clone());
-                tensor
-            }
-        };
+    let mut weights: Vec<Tensor> = Vec::with_capacity(program.weights.len());
+    for id in ids() {
+        if let Some(twin) = program.twin(id) {
+            weights.push(weights[twin.0].clone());
+            continue;
+        }
+        let weight = &program.weights[id.0];
+        let tensor = dequantize(checkpoint, weight)?;
+        resident_bytes += 4 * tensor.elem_count() as u64;
         weights.push(tensor);
         done += checkpoint.slice(weight)?.n_bytes() as u64;
         if let ControlFlow::Break(()) = progress(done, total) {

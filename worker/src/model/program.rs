@@ -129,6 +129,19 @@ impl Program {
         ReduceId(self.reduce_plans.len() - 1)
     }
 
+    /// An earlier weight that is the same slice, and so need not be held again: a tied head is its
+    /// embedding.
+    #[must_use]
+    pub fn twin(&self, id: WeightId) -> Option<WeightId> {
+        let weight = &self.weights[id.0];
+        let is_same = |other: &Weight| {
+            other.role != Role::Vector
+                && (&other.tensor, &other.rows, &other.columns)
+                    == (&weight.tensor, &weight.rows, &weight.columns)
+        };
+        self.weights[..id.0].iter().position(is_same).map(WeightId)
+    }
+
     pub fn op(&mut self, op: Op) {
         self.ops.push(op);
     }

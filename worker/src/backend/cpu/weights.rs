@@ -55,29 +55,26 @@ pub fn load(
 ) -> Result<Cpu, LoadError> {
     let slices: Vec<Slice<'_>> =
         program.weights.iter().map(|weight| checkpoint.slice(weight)).collect::<Result<_, _>>()?;
-    let total: u64 = slices.iter().map(|slice| slice.n_bytes() as u64).sum();
+    let twins: Vec<_> = (0..slices.len()).map(|id| program.twin(WeightId(id))).collect();
+    let is_own = |(_, twin): &(&Slice<'_>, &Option<WeightId>)| twin.is_none();
+    let own = slices.iter().zip(&twins).filter(is_own);
+    let total: u64 = own.map(|(slice, _)| slice.n_bytes() as u64).sum();
     let mut done = 0;
     let (mut index, mut matrices, mut vectors) = (Vec::new(), Vec::new(), Vec::new());
-    for (id, slice) in slices.iter().enumerate() {
-        let weight = &program.weights[id];
-        // A tied head and its embedding are one packed matrix.
-        let same = |other: &crate::model::program::Weight| {
-            other.role != Role::Vector
-                && (&other.tensor, &other.rows, &other.columns)
-                    == (&weight.tensor, &weight.rows, &weight.columns)
-        };
-        let twin = program.weights[..id].iter().position(same);
-        match (weight.role, twin) {
-            (Role::Vector, _) => {
-                slice.check_finite()?;
+    for ((slice, twin), weight) in slices.iter().zip(&twins).zip(&program.weights) {
+        if let Some(twin) = twin {
+            index.push(index[twin.0]);
+            continue;
+        }
+        slice.check_finite()?;
+        match weight.role {
+            Role::Vector => {
                 let mut values = vec![0.0; slice.columns];
                 slice.dequantized_row(0, &mut values);
                 vectors.push(values);
                 index.push(vectors.len() - 1);
             }
-            (Role::Table | Role::Matrix, Some(twin)) => index.push(index[twin]),
-            (Role::Table | Role::Matrix, None) => {
-                slice.check_finite()?;
+            Role::Table | Role::Matrix => {
                 matrices.push(Matrix::pack(slice.rows, slice.columns, slice, &mut |_| ()));
                 index.push(matrices.len() - 1);
             }
