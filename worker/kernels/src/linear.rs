@@ -7,10 +7,11 @@
 use std::mem::MaybeUninit;
 
 use crate::activation::{Activation, BLOCK, Precision, quantise_row};
-use crate::isa::Isa;
-use crate::matrix::{Matrix, TILE_ROWS, Tiles};
+use crate::isa::{Isa, dispatch};
+use crate::matrix::{Matrix, TILE_ROWS, Weights};
 use crate::pool::{Pool, Shards, part};
-use crate::quant::{f32_tile, q4_1, q8_0};
+use crate::quant::blocks::Blocks;
+use crate::quant::{f32_tile, portable, with_blocks};
 
 /// Most rows of activations that one pass over a tile serves.
 const MAX_ROWS: usize = 8;
@@ -43,13 +44,17 @@ pub struct Input<'a> {
     pub scratch: &'a mut Activation,
 }
 
-/// One tile of one matrix.
+/// One tile of one matrix; what its format does not have is empty.
 #[derive(Clone, Copy)]
 pub(crate) struct TileWeights<'a> {
     pub(crate) quants: &'a [u8],
+    pub(crate) fifths: &'a [u8],
     pub(crate) d: &'a [u16],
     pub(crate) m: &'a [u16],
-    pub(crate) f32: &'a [f32],
+    pub(crate) sc: &'a [u8],
+    pub(crate) mc: &'a [u8],
+    /// Run of the first super-block at which the tile's rows begin.
+    pub(crate) first_run: usize,
 }
 
 /// M rows of activations, in both forms.
@@ -186,18 +191,24 @@ impl Job<'_> {
     ) {
         let mut row = 0;
         while row < rows {
-            let left = rows - row;
-            let step = if left >= MAX_ROWS { MAX_ROWS } else { left };
-            match step {
-                8 => self.rows::<8>(isa, tile, x, row, rows, scratch, sum),
-                7 => self.rows::<7>(isa, tile, x, row, rows, scratch, sum),
-                6 => self.rows::<6>(isa, tile, x, row, rows, scratch, sum),
-                5 => self.rows::<5>(isa, tile, x, row, rows, scratch, sum),
-                4 => self.rows::<4>(isa, tile, x, row, rows, scratch, sum),
-                3 => self.rows::<3>(isa, tile, x, row, rows, scratch, sum),
-                2 => self.rows::<2>(isa, tile, x, row, rows, scratch, sum),
-                _ => self.rows::<1>(isa, tile, x, row, rows, scratch, sum),
-            }
+            let step = match rows - row {
+                MAX_ROWS.. => {
+                    self.rows::<MAX_ROWS>(isa, tile, x, row, rows, scratch, sum);
+                    MAX_ROWS
+                }
+                4.. => {
+                    self.rows::<4>(isa, tile, x, row, rows, scratch, sum);
+                    4
+                }
+                2.. => {
+                    self.rows::<2>(isa, tile, x, row, rows, scratch, sum);
+                    2
+                }
+                _ => {
+                    self.rows::<1>(isa, tile, x, row, rows, scratch, sum);
+                    1
+                }
+            };
             row += step;
         }
     }
@@ -228,10 +239,18 @@ impl Job<'_> {
             // SAFETY: a tile's columns of the output belong to the one thread that runs this tile.
             unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
         };
-        let weights = TileWeights::of(&self.weight.tiles, tile, n_blocks);
-        match scratch.precision {
-            Precision::Int8 => run_tile::<M, 1>(isa, &self.weight.tiles, &weights, &x, sum, store),
-            Precision::Int16 => run_tile::<M, 2>(isa, &self.weight.tiles, &weights, &x, sum, store),
+        match &self.weight.weights {
+            Weights::Quantised(tiles) => with_blocks!(self.weight.format, B => {
+                let w = tiles.tile::<B>(tile);
+                match scratch.precision {
+                    Precision::Int8 => run_tile::<B, M, 1>(isa, &w, &x, sum, store),
+                    Precision::Int16 => run_tile::<B, M, 2>(isa, &w, &x, sum, store),
+                }
+            }, _ => unreachable!("quantised formats have blocks")),
+            Weights::F32(weights) => {
+                let each = columns * TILE_ROWS;
+                run_f32_tile(isa, &weights[tile * each..(tile + 1) * each], &x, sum, &store);
+            }
         }
     }
 }
@@ -239,26 +258,6 @@ impl Job<'_> {
 /// A row's run, or nothing where this form of the activations was not made.
 fn slice<T>(all: &[T], row: usize, len: usize) -> &[T] {
     all.get(row * len..(row + 1) * len).unwrap_or(&[])
-}
-
-impl<'a> TileWeights<'a> {
-    fn of(tiles: &'a Tiles, tile: usize, n_blocks: usize) -> Self {
-        let blocks = |bytes: usize| tile * n_blocks * bytes..(tile + 1) * n_blocks * bytes;
-        let mut weights = Self { quants: &[], d: &[], m: &[], f32: &[] };
-        match tiles {
-            Tiles::Q4_1 { quants, d, m } => {
-                weights.quants = &quants[blocks(q4_1::TILE_BLOCK)];
-                weights.d = &d[blocks(TILE_ROWS)];
-                weights.m = &m[blocks(TILE_ROWS)];
-            }
-            Tiles::Q8_0 { quants, d } => {
-                weights.quants = &quants[blocks(q8_0::TILE_BLOCK)];
-                weights.d = &d[blocks(TILE_ROWS)];
-            }
-            Tiles::F32 { weights: all } => weights.f32 = &all[blocks(BLOCK * TILE_ROWS)],
-        }
-        weights
-    }
 }
 
 /// The k-th integer of a block of activations, of one or two terms.
@@ -309,127 +308,83 @@ macro_rules! sum_leaves {
 }
 
 #[inline(always)]
-fn add_lanes(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+fn add_lanes(a: [f32; TILE_ROWS], b: [f32; TILE_ROWS]) -> [f32; TILE_ROWS] {
     std::array::from_fn(|lane| a[lane] + b[lane])
 }
 
 #[inline(always)]
-fn run_tile_portable<const M: usize, const TERMS: usize>(
-    tiles: &Tiles,
+fn run_tile_portable<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     x: &Rows<'_, M>,
     sum: &Sum<'_>,
-    store: impl Fn(usize, usize, &[f32; 16]),
+    store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
-    let same = |lanes: [f32; 16]| lanes;
-    match tiles {
-        Tiles::Q4_1 { .. } => sum_leaves!(
-            M,
-            sum,
-            [0f32; 16],
-            add_lanes,
-            same,
-            |b, acc: &mut _| {
-                q4_1::block_portable::<M, TERMS>(w, b, x, acc);
-            },
-            store
-        ),
-        Tiles::Q8_0 { .. } => sum_leaves!(
-            M,
-            sum,
-            [0f32; 16],
-            add_lanes,
-            same,
-            |b, acc: &mut _| {
-                q8_0::block_portable::<M, TERMS>(w, b, x, acc);
-            },
-            store
-        ),
-        Tiles::F32 { .. } => sum_leaves!(
-            M,
-            sum,
-            [0f32; 16],
-            add_lanes,
-            same,
-            |b, acc: &mut _| {
-                f32_tile::block_portable(w, b, x, acc);
-            },
-            store
-        ),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn run_tile_avx512<const M: usize, const TERMS: usize>(
-    tiles: &Tiles,
-    w: &TileWeights<'_>,
-    x: &Rows<'_, M>,
-    sum: &Sum<'_>,
-    store: impl Fn(usize, usize, &[f32; 16]),
-) {
-    use std::arch::x86_64::{__m512, _mm512_add_ps, _mm512_setzero_ps, _mm512_storeu_ps};
-    let lanes = |v: __m512| {
-        let mut out = [0f32; 16];
-        // SAFETY: 16 floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
-        out
-    };
-    match tiles {
-        Tiles::Q4_1 { .. } => sum_leaves!(
-            M,
-            sum,
-            _mm512_setzero_ps(),
-            _mm512_add_ps,
-            lanes,
-            |b, acc: &mut _| {
-                q4_1::avx512::block::<M, TERMS>(w, b, x, acc);
-            },
-            store
-        ),
-        Tiles::Q8_0 { .. } => sum_leaves!(
-            M,
-            sum,
-            _mm512_setzero_ps(),
-            _mm512_add_ps,
-            lanes,
-            |b, acc: &mut _| {
-                q8_0::avx512::block::<M, TERMS>(w, b, x, acc);
-            },
-            store
-        ),
-        Tiles::F32 { .. } => run_tile_portable::<M, TERMS>(tiles, w, x, sum, store),
-    }
+    let same = |lanes: [f32; TILE_ROWS]| lanes;
+    let dot = |b, acc: &mut _| portable::run::<B, M, TERMS>(w, b, x, acc);
+    sum_leaves!(M, sum, [0f32; TILE_ROWS], add_lanes, same, dot, store);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn run_tile_avx2<const M: usize, const TERMS: usize>(
-    tiles: &Tiles,
+fn run_tile_avx2<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     x: &Rows<'_, M>,
     sum: &Sum<'_>,
-    store: impl Fn(usize, usize, &[f32; 16]),
+    store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
-    run_tile_portable::<M, TERMS>(tiles, w, x, sum, store);
+    run_tile_portable::<B, M, TERMS>(w, x, sum, store);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn run_tile_avx512<B: Blocks, const M: usize, const TERMS: usize>(
+    w: &TileWeights<'_>,
+    x: &Rows<'_, M>,
+    sum: &Sum<'_>,
+    store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
+) {
+    use std::arch::x86_64::{__m512, _mm512_add_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+    let lanes = |v: __m512| {
+        let mut out = [0f32; TILE_ROWS];
+        // SAFETY: 16 floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
+        out
+    };
+    let dot = |b, acc: &mut _| crate::quant::avx512::run::<B, M, TERMS>(w, b, x, acc);
+    sum_leaves!(M, sum, _mm512_setzero_ps(), _mm512_add_ps, lanes, dot, store);
 }
 
 #[inline]
-fn run_tile<const M: usize, const TERMS: usize>(
+fn run_tile<B: Blocks, const M: usize, const TERMS: usize>(
     isa: Isa,
-    tiles: &Tiles,
     w: &TileWeights<'_>,
     x: &Rows<'_, M>,
     sum: &Sum<'_>,
-    store: impl Fn(usize, usize, &[f32; 16]),
+    store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `Isa` other than Portable was detected on this CPU.
-        Isa::Avx512Vnni => unsafe { run_tile_avx512::<M, TERMS>(tiles, w, x, sum, store) },
+        Isa::Avx512Vnni => unsafe { run_tile_avx512::<B, M, TERMS>(w, x, sum, store) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { run_tile_avx2::<M, TERMS>(tiles, w, x, sum, store) },
-        _ => run_tile_portable::<M, TERMS>(tiles, w, x, sum, store),
+        Isa::Avx2 => unsafe { run_tile_avx2::<B, M, TERMS>(w, x, sum, store) },
+        _ => run_tile_portable::<B, M, TERMS>(w, x, sum, store),
     }
+}
+
+type Store<'a> = &'a dyn Fn(usize, usize, &[f32; TILE_ROWS]);
+
+fn run_f32_tile<const M: usize>(
+    isa: Isa,
+    w: &[f32],
+    x: &Rows<'_, M>,
+    sum: &Sum<'_>,
+    store: Store<'_>,
+) {
+    dispatch!(isa, fn<M>(w: &[f32], x: &Rows<'_, M>, sum: &Sum<'_>, store: Store<'_>) => {
+        let same = |lanes: [f32; TILE_ROWS]| lanes;
+        let dot = |b, acc: &mut _| f32_tile::block(w, b, x, acc);
+        sum_leaves!(M, sum, [0f32; TILE_ROWS], add_lanes, same, dot, store);
+    });
 }

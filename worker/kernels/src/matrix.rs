@@ -3,7 +3,8 @@
 //! A tile holds 16 output rows side by side, so that one vector instruction advances all of them and
 //! each lane is one row's own sum.
 
-use crate::quant::{Format, f32_tile, q4_1, q8_0};
+use crate::quant::tiles::Tiles;
+use crate::quant::{Format, f32_tile, with_blocks};
 
 /// Rows of a tile: the lanes of a 512-bit vector.
 pub const TILE_ROWS: usize = 16;
@@ -13,26 +14,27 @@ pub const TILE_ROWS: usize = 16;
 pub struct Matrix {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
-    pub(crate) tiles: Tiles,
+    /// Of the tiles: the source's, or F32 where that has no kernel of its own.
+    pub(crate) format: Format,
+    pub(crate) weights: Weights,
 }
 
-/// Tile storage by format. Scales are f16 bits, `[tile, block, 16]`.
 #[derive(Debug)]
-pub(crate) enum Tiles {
-    /// Quants `[tile, block, 256 bytes]`; see `quant/q4_1.rs`.
-    Q4_1 { quants: Aligned, d: Vec<u16>, m: Vec<u16> },
-    /// Quants `[tile, block, 512 bytes]`; see `quant/q8_0.rs`.
-    Q8_0 { quants: Aligned, d: Vec<u16> },
-    /// `[tile, column, 16]`: any format without a kernel of its own, dequantised.
-    F32 { weights: Vec<f32> },
+pub(crate) enum Weights {
+    /// Multiplied with integer activations.
+    Quantised(Tiles),
+    /// `[tile, column, 16]`, multiplied with f32 activations.
+    F32(Vec<f32>),
 }
 
 /// Where a matrix's numbers come from.
 pub trait Source {
     fn format(&self) -> Format;
-    /// The blocks of one row, when the row is a whole number of blocks.
-    fn row_blocks(&self, row: usize) -> Option<&[u8]>;
-    /// The same row as f32.
+    /// The blocks that cover one row.
+    fn row_blocks(&self, row: usize) -> &[u8];
+    /// Columns of a row's first block that are not part of it.
+    fn first_column(&self) -> usize;
+    /// The row as f32.
     fn row_f32(&self, row: usize, out: &mut [f32]);
 }
 
@@ -40,7 +42,7 @@ impl Matrix {
     /// Packs a matrix. `on_row_tile` is called after each 16 rows with the rows done so far.
     ///
     /// # Panics
-    /// If `columns` is not a multiple of 32.
+    /// If `columns`, or where they begin in a block, is not a multiple of 32.
     #[must_use]
     pub fn pack(
         rows: usize,
@@ -48,14 +50,17 @@ impl Matrix {
         source: &dyn Source,
         on_row_tile: &mut dyn FnMut(usize),
     ) -> Self {
-        assert!(columns.is_multiple_of(32), "{columns} columns are not whole blocks of 32");
-        let native = rows == 0 || source.row_blocks(0).is_some();
-        let tiles = match source.format() {
-            Format::Q4_1 if native => q4_1::pack(rows, columns, source, on_row_tile),
-            Format::Q8_0 if native => q8_0::pack(rows, columns, source, on_row_tile),
-            _ => f32_tile::pack(rows, columns, source, on_row_tile),
-        };
-        Self { rows, columns, tiles }
+        assert!(columns.is_multiple_of(32), "{columns} columns are not whole runs of 32");
+        let first = source.first_column();
+        assert!(first.is_multiple_of(32), "column {first} of a block begins no run of 32");
+        let format = source.format();
+        with_blocks!(format, B => {
+            let tiles = Tiles::pack::<B>(rows, columns, source, on_row_tile);
+            Self { rows, columns, format, weights: Weights::Quantised(tiles) }
+        }, _ => {
+            let weights = f32_tile::pack(rows, columns, source, on_row_tile);
+            Self { rows, columns, format: Format::F32, weights: Weights::F32(weights) }
+        })
     }
 
     #[must_use]
@@ -73,37 +78,37 @@ impl Matrix {
         self.rows.div_ceil(TILE_ROWS)
     }
 
-    /// Whether it is multiplied with int8 activations, or with f32.
+    /// Whether it is multiplied with integer activations, or with f32.
     #[must_use]
     pub fn is_quantised(&self) -> bool {
-        !matches!(self.tiles, Tiles::F32 { .. })
+        matches!(self.weights, Weights::Quantised(_))
     }
 
     /// Memory it occupies.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let bytes = match &self.tiles {
-            Tiles::Q4_1 { quants, d, m } => quants.len() + 2 * (d.len() + m.len()),
-            Tiles::Q8_0 { quants, d } => quants.len() + 2 * d.len(),
-            Tiles::F32 { weights } => 4 * weights.len(),
-        };
-        bytes as u64
+        match &self.weights {
+            Weights::Quantised(tiles) => tiles.bytes() as u64,
+            Weights::F32(weights) => 4 * weights.len() as u64,
+        }
     }
 
     /// One row as f32, as the checkpoint's format defines it (a zero is +0).
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` is not its width.
     pub fn dequantise_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.columns, "row {row} of {}", self.rows);
-        let (tile, lane) = (row / TILE_ROWS, row % TILE_ROWS);
-        match &self.tiles {
-            Tiles::Q4_1 { quants, d, m } => {
-                q4_1::dequantise(quants, d, m, self.columns / 32, tile, lane, out);
-            }
-            Tiles::Q8_0 { quants, d } => {
-                q8_0::dequantise(quants, d, self.columns / 32, tile, lane, out);
-            }
-            Tiles::F32 { weights } => {
+        match &self.weights {
+            Weights::Quantised(tiles) => with_blocks!(
+                self.format,
+                B => tiles.dequantise::<B>(row, out),
+                _ => unreachable!("quantised formats have blocks")
+            ),
+            Weights::F32(weights) => {
+                let first = row / TILE_ROWS * self.columns;
                 for (k, out) in out.iter_mut().enumerate() {
-                    *out = weights[(tile * self.columns + k) * TILE_ROWS + lane] + 0.0;
+                    *out = weights[(first + k) * TILE_ROWS + row % TILE_ROWS] + 0.0;
                 }
             }
         }

@@ -41,16 +41,39 @@ impl Random {
         Self { format, rows, first: 0 }
     }
 
+    /// A weight as the format's definition in ggml has it, read without the kernels' code.
     fn weight(&self, row: usize, column: usize) -> f64 {
-        let block = &self.rows[row][column / self.format.block_len() * self.format.block_bytes()..];
+        let format = self.format;
+        let block = &self.rows[row][column / format.block_len() * format.block_bytes()..];
         let half = |at: usize| f64::from(f16::from_le_bytes([block[at], block[at + 1]]).to_f32());
-        let k = column % self.format.block_len();
-        match self.format {
-            Format::Q4_1 => {
-                let byte = block[4 + k % 16];
-                half(0) * f64::from(if k < 16 { byte & 15 } else { byte >> 4 }) + half(2)
-            }
+        let k = column % format.block_len();
+        let nibble = |at: usize| {
+            let byte = block[at + k % 16];
+            f64::from(if k < 16 { byte & 15 } else { byte >> 4 })
+        };
+        let fifth = |at: usize| f64::from(block[at + k / 8] >> (k % 8) & 1) * 16.0;
+        match format {
+            Format::Q4_0 => half(0) * (nibble(2) - 8.0),
+            Format::Q4_1 => half(0) * nibble(4) + half(2),
+            Format::Q5_0 => half(0) * (nibble(6) + fifth(2) - 16.0),
+            Format::Q5_1 => half(0) * (nibble(8) + fifth(4)) + half(2),
             Format::Q8_0 => half(0) * f64::from(block[2 + k] as i8),
+            Format::Q4K | Format::Q5K => {
+                let run = k / 32;
+                let byte =
+                    block[if format == Format::Q4K { 16 } else { 48 } + k / 64 * 32 + k % 32];
+                let low = if run.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
+                let high = if format == Format::Q5K { block[16 + k % 32] >> run & 1 } else { 0 };
+                let packed = &block[4..16];
+                let (sc, mc) = if run < 4 {
+                    (packed[run] & 63, packed[run + 4] & 63)
+                } else {
+                    let (a, b, c) = (packed[run + 4], packed[run - 4], packed[run]);
+                    ((a & 15) | (b >> 6 << 4), (a >> 4) | (c >> 6 << 4))
+                };
+                let u = f64::from(low + 16 * high);
+                half(0) * f64::from(sc) * u - half(2) * f64::from(mc)
+            }
             Format::F32 => f64::from(f32::from_le_bytes(block[..4].try_into().unwrap())),
             other => panic!("no plain reading of {other:?} in this test"),
         }
@@ -61,12 +84,16 @@ fn block(format: Format, noise: &mut Noise) -> Vec<u8> {
     let half = |noise: &mut Noise| f16::from_f32(noise.float() * 0.1).to_le_bytes();
     let bytes =
         |noise: &mut Noise, n: usize| (0..n).map(|_| noise.next() as u8).collect::<Vec<_>>();
-    match format {
-        Format::Q4_1 => [&half(noise)[..], &half(noise), &bytes(noise, 16)].concat(),
-        Format::Q8_0 => [&half(noise)[..], &bytes(noise, 32)].concat(),
-        Format::F32 => noise.float().to_le_bytes().to_vec(),
-        other => panic!("no random blocks of {other:?} in this test"),
+    if format == Format::F32 {
+        return noise.float().to_le_bytes().to_vec();
     }
+    let n_halves = match format {
+        Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => 1,
+        _ => 2,
+    };
+    let mut block: Vec<u8> = (0..n_halves).flat_map(|_| half(noise)).collect();
+    block.extend(bytes(noise, format.block_bytes() - 2 * n_halves));
+    block
 }
 
 impl Source for Random {
@@ -74,8 +101,12 @@ impl Source for Random {
         self.format
     }
 
-    fn row_blocks(&self, row: usize) -> Option<&[u8]> {
-        Some(&self.rows[row][self.first / self.format.block_len() * self.format.block_bytes()..])
+    fn row_blocks(&self, row: usize) -> &[u8] {
+        &self.rows[row][self.first / self.format.block_len() * self.format.block_bytes()..]
+    }
+
+    fn first_column(&self) -> usize {
+        self.first % self.format.block_len()
     }
 
     fn row_f32(&self, row: usize, out: &mut [f32]) {
@@ -86,15 +117,26 @@ impl Source for Random {
 }
 
 /// Every format with activations of either precision; f32 weights take f32 activations.
-const CASES: [(Format, Precision); 5] = [
+const CASES: [(Format, Precision); 15] = [
+    (Format::Q4_0, Precision::Int8),
+    (Format::Q4_0, Precision::Int16),
     (Format::Q4_1, Precision::Int8),
     (Format::Q4_1, Precision::Int16),
+    (Format::Q5_0, Precision::Int8),
+    (Format::Q5_0, Precision::Int16),
+    (Format::Q5_1, Precision::Int8),
+    (Format::Q5_1, Precision::Int16),
     (Format::Q8_0, Precision::Int8),
     (Format::Q8_0, Precision::Int16),
+    (Format::Q4K, Precision::Int8),
+    (Format::Q4K, Precision::Int16),
+    (Format::Q5K, Precision::Int8),
+    (Format::Q5K, Precision::Int16),
     (Format::F32, Precision::Int16),
 ];
+
 const ROWS: usize = 40; // two whole tiles and a half one
-const COLUMNS: usize = 384;
+const COLUMNS: usize = 768; // a half of it begins inside a block of 256
 const TOKENS: usize = 19; // two full passes of eight, and three
 
 fn input(tokens: usize) -> Vec<f32> {
@@ -168,7 +210,7 @@ fn bits_do_not_depend_on_batch_threads_or_instruction_set() {
     }
 }
 
-/// Balanced over 6 leaves of 64 columns: ((0 1) 2) ((3 4) 5), by hand.
+/// Balanced over 6 leaves of 128 columns: ((0 1) 2) ((3 4) 5), by hand.
 const MERGES: [u8; 6] = [0, 1, 1, 0, 1, 2];
 
 #[test]
@@ -185,34 +227,31 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
             Isa::detect(),
             Input { x: &x, rows: TOKENS, columns: COLUMNS, scratch: &mut scratch },
             Projection { weight: &whole, out: &mut want },
-            &Sum { leaf_columns: 64, part_leaves: &[6], merges: &MERGES },
+            &Sum { leaf_columns: 128, part_leaves: &[6], merges: &MERGES },
         );
-        // The right half on another rank, whose columns begin at 192; and the left half as two parts.
-        random.first = 192;
-        let right = Matrix::pack(ROWS, 192, &random, &mut |_| ());
+        // The right half on another rank, whose columns begin at 384; and the left half as two parts.
+        random.first = 384;
+        let right = Matrix::pack(ROWS, 384, &random, &mut |_| ());
         let halves: Vec<Vec<f32>> = (0..2)
-            .map(|h| x.chunks(COLUMNS).flat_map(|x| x[h * 192..(h + 1) * 192].to_vec()).collect())
+            .map(|h| x.chunks(COLUMNS).flat_map(|x| x[h * 384..(h + 1) * 384].to_vec()).collect())
             .collect();
         let mut sum_right = vec![0.0; TOKENS * ROWS];
         linear_parts(
             &mut pool,
             Isa::Portable,
-            Input { x: &halves[1], rows: TOKENS, columns: 192, scratch: &mut scratch },
+            Input { x: &halves[1], rows: TOKENS, columns: 384, scratch: &mut scratch },
             Projection { weight: &right, out: &mut sum_right },
-            &Sum { leaf_columns: 64, part_leaves: &[3], merges: &[0, 1, 1] },
+            &Sum { leaf_columns: 128, part_leaves: &[3], merges: &[0, 1, 1] },
         );
         random.first = 0;
-        for row in &mut random.rows {
-            row.truncate(192 / format.block_len() * format.block_bytes());
-        }
-        let left = Matrix::pack(ROWS, 192, &random, &mut |_| ());
+        let left = Matrix::pack(ROWS, 384, &random, &mut |_| ());
         let mut parts_left = vec![0.0; 2 * TOKENS * ROWS];
         linear_parts(
             &mut pool,
             Isa::detect(),
-            Input { x: &halves[0], rows: TOKENS, columns: 192, scratch: &mut scratch },
+            Input { x: &halves[0], rows: TOKENS, columns: 384, scratch: &mut scratch },
             Projection { weight: &left, out: &mut parts_left },
-            &Sum { leaf_columns: 64, part_leaves: &[2, 1], merges: &[0, 1, 0] },
+            &Sum { leaf_columns: 128, part_leaves: &[2, 1], merges: &[0, 1, 0] },
         );
         let (first, second) = parts_left.split_at(TOKENS * ROWS);
         let sum: Vec<f32> =
@@ -231,7 +270,10 @@ fn rows_read_back_as_the_file_has_them() {
             matrix.dequantise_row(row, &mut out);
             for (k, &got) in out.iter().enumerate() {
                 let want = random.weight(row, k);
-                assert!((f64::from(got) - want).abs() < 1e-6, "{format:?} {row} {k}: {got} {want}");
+                assert!(
+                    (f64::from(got) - want).abs() < 1e-6 * (1.0 + want.abs()),
+                    "{format:?} {row} {k}: {got} {want}"
+                );
             }
         }
     }

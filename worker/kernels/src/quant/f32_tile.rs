@@ -1,15 +1,15 @@
 //! f32 weights, `[tile, column, 16 rows]`, multiplied with f32 activations: every format that has no
 //! kernel of its own yet comes here dequantised. Exact, and 32 bits a weight.
 
-use crate::linear::{Rows, TileWeights};
-use crate::matrix::{Source, TILE_ROWS, Tiles};
+use crate::linear::Rows;
+use crate::matrix::{Source, TILE_ROWS};
 
 pub(crate) fn pack(
     rows: usize,
     columns: usize,
     source: &dyn Source,
     on_row_tile: &mut dyn FnMut(usize),
-) -> Tiles {
+) -> Vec<f32> {
     let mut weights = vec![0f32; rows.div_ceil(TILE_ROWS) * columns * TILE_ROWS];
     let mut values = vec![0f32; columns];
     for row in 0..rows {
@@ -22,18 +22,18 @@ pub(crate) fn pack(
             on_row_tile(row + 1);
         }
     }
-    Tiles::F32 { weights }
+    weights
 }
 
 /// Adds 32 columns' products to the sums of M rows of activations, column by column.
 #[inline(always)]
-pub(crate) fn block_portable<const M: usize>(
-    w: &TileWeights<'_>,
+pub(crate) fn block<const M: usize>(
+    w: &[f32],
     b: usize,
     x: &Rows<'_, M>,
     acc: &mut [[f32; 16]; M],
 ) {
-    let weights = &w.f32[b * 32 * TILE_ROWS..(b + 1) * 32 * TILE_ROWS];
+    let weights = &w[b * 32 * TILE_ROWS..(b + 1) * 32 * TILE_ROWS];
     for (k, weights) in weights.chunks_exact(TILE_ROWS).enumerate() {
         for row in 0..M {
             crate::lanes::fma_scalar(&mut acc[row], x.f32[row][b * 32 + k], weights);

@@ -100,6 +100,66 @@ impl Format {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod blocks;
 pub(crate) mod f32_tile;
-pub(crate) mod q4_1;
-pub(crate) mod q8_0;
+pub(crate) mod portable;
+pub(crate) mod tiles;
+
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q8_0;
+
+pub(crate) use q4_0::Q4_0;
+pub(crate) use q4_1::Q4_1;
+pub(crate) use q4_k::Q4K;
+pub(crate) use q5_0::Q5_0;
+pub(crate) use q5_1::Q5_1;
+pub(crate) use q5_k::Q5K;
+pub(crate) use q8_0::Q8_0;
+
+/// Runs one body for the [`blocks::Blocks`] of a format, or another for formats that are held as f32.
+macro_rules! with_blocks {
+    ($format:expr, $B:ident => $body:expr, _ => $other:expr) => {
+        match $format {
+            $crate::quant::Format::Q4_0 => {
+                type $B = $crate::quant::Q4_0;
+                $body
+            }
+            $crate::quant::Format::Q4_1 => {
+                type $B = $crate::quant::Q4_1;
+                $body
+            }
+            $crate::quant::Format::Q5_0 => {
+                type $B = $crate::quant::Q5_0;
+                $body
+            }
+            $crate::quant::Format::Q5_1 => {
+                type $B = $crate::quant::Q5_1;
+                $body
+            }
+            $crate::quant::Format::Q8_0 => {
+                type $B = $crate::quant::Q8_0;
+                $body
+            }
+            $crate::quant::Format::Q4K => {
+                type $B = $crate::quant::Q4K;
+                $body
+            }
+            $crate::quant::Format::Q5K => {
+                type $B = $crate::quant::Q5K;
+                $body
+            }
+            $crate::quant::Format::F32
+            | $crate::quant::Format::F16
+            | $crate::quant::Format::Bf16
+            | $crate::quant::Format::Q6K => $other,
+        }
+    };
+}
+pub(crate) use with_blocks;

@@ -1,145 +1,19 @@
-//! Q8_0: 32 weights a block, `w = d * q`, q in -128..128. In a file: f16 d, 32 signed bytes.
-//!
-//! In a tile, byte `(j * 16 + lane) * 4 + i` of a block's 512 is `q[4 * j + i]` of row `lane`, plus 128: `vpdpbusd`
-//! multiplies unsigned with signed bytes, and 128 times the activations' sum is taken off again. 8.5 bits a weight.
+//! Q8_0: `w = d * q`, q signed. In a file: f16 d, 32 bytes. Held as `u = q + 128`, since the dot product
+//! instruction multiplies unsigned with signed bytes.
 
-use half::f16;
+use super::Format;
+use super::blocks::{Blocks, Run, Scales, half_at};
 
-use crate::linear::{Rows, TileWeights, integer};
-use crate::matrix::{Aligned, Source, TILE_ROWS, Tiles};
+pub(crate) struct Q8_0;
 
-const FILE_BLOCK: usize = 34;
-/// Bytes of a tile's block.
-pub(crate) const TILE_BLOCK: usize = 512;
+impl Blocks for Q8_0 {
+    const FORMAT: Format = Format::Q8_0;
+    const BITS: usize = 8;
+    const ZERO: i32 = 128;
+    const SCALES: Scales = Scales::Plain;
 
-pub(crate) fn pack(
-    rows: usize,
-    columns: usize,
-    source: &dyn Source,
-    on_row_tile: &mut dyn FnMut(usize),
-) -> Tiles {
-    let n_blocks = columns / 32;
-    let n_tiles = rows.div_ceil(TILE_ROWS);
-    let mut quants = Aligned::zeroed(n_tiles * n_blocks * TILE_BLOCK);
-    let mut d = vec![0u16; n_tiles * n_blocks * TILE_ROWS];
-    for row in 0..rows {
-        let (tile, lane) = (row / TILE_ROWS, row % TILE_ROWS);
-        let blocks = source.row_blocks(row).expect("checked by Matrix::pack");
-        for (b, block) in blocks.chunks_exact(FILE_BLOCK).enumerate() {
-            let at = tile * n_blocks + b;
-            d[at * TILE_ROWS + lane] = u16::from_le_bytes([block[0], block[1]]);
-            let quants = &mut quants[at * TILE_BLOCK..(at + 1) * TILE_BLOCK];
-            for (j, four) in block[2..].chunks_exact(4).enumerate() {
-                let shifted = [four[0] ^ 128, four[1] ^ 128, four[2] ^ 128, four[3] ^ 128];
-                quants[(j * TILE_ROWS + lane) * 4..][..4].copy_from_slice(&shifted);
-            }
-        }
-        if lane + 1 == TILE_ROWS {
-            on_row_tile(row + 1);
-        }
-    }
-    Tiles::Q8_0 { quants, d }
-}
-
-pub(crate) fn dequantise(
-    quants: &[u8],
-    d: &[u16],
-    n_blocks: usize,
-    tile: usize,
-    lane: usize,
-    out: &mut [f32],
-) {
-    for (b, out) in out.chunks_exact_mut(32).enumerate() {
-        let at = tile * n_blocks + b;
-        let scale = f16::from_bits(d[at * TILE_ROWS + lane]).to_f32();
-        for (k, out) in out.iter_mut().enumerate() {
-            let byte = quants[at * TILE_BLOCK + ((k / 4) * TILE_ROWS + lane) * 4 + k % 4];
-            *out = scale * f32::from((byte ^ 128) as i8) + 0.0;
-        }
-    }
-}
-
-/// Adds one block's products to the sums of M rows of activations; the reference for the fast kernels.
-#[inline(always)]
-pub(crate) fn block_portable<const M: usize, const TERMS: usize>(
-    w: &TileWeights<'_>,
-    b: usize,
-    x: &Rows<'_, M>,
-    acc: &mut [[f32; 16]; M],
-) {
-    let quants = &w.quants[b * TILE_BLOCK..(b + 1) * TILE_BLOCK];
-    let d = &w.d[b * TILE_ROWS..(b + 1) * TILE_ROWS];
-    for row in 0..M {
-        let q = &x.q[row][b * 32 * TERMS..(b + 1) * 32 * TERMS];
-        let da = x.d[row][b];
-        for lane in 0..TILE_ROWS {
-            let mut dot = 0i32;
-            for k in 0..32 {
-                let byte = quants[((k / 4) * TILE_ROWS + lane) * 4 + k % 4];
-                dot += i32::from((byte ^ 128) as i8) * integer::<TERMS>(q, k);
-            }
-            let scale = f16::from_bits(d[lane]).to_f32() * da;
-            acc[row][lane] = (dot as f32).mul_add(scale, acc[row][lane]);
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512 {
-    use std::arch::x86_64::*;
-
-    use super::TILE_BLOCK;
-    use crate::linear::{Rows, TileWeights};
-
-    /// [`super::block_portable`] with `vpdpbusd`. One activation term is summed in two chains, two terms in
-    /// one chain each.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-    pub(crate) fn block<const M: usize, const TERMS: usize>(
-        w: &TileWeights<'_>,
-        b: usize,
-        x: &Rows<'_, M>,
-        acc: &mut [__m512; M],
-    ) {
-        debug_assert!(w.quants.len() >= (b + 1) * TILE_BLOCK && w.d.len() >= (b + 1) * 16);
-        // SAFETY: the tile has block b (callers loop over its blocks; asserted above in debug builds)
-        // and every activation row has 32 columns of it.
-        unsafe {
-            let quants = w.quants.as_ptr().add(b * TILE_BLOCK);
-            let mut one = [_mm512_setzero_si512(); M];
-            let mut two = [_mm512_setzero_si512(); M];
-            for row in 0..M {
-                let offset = x.isum[row].get_unchecked(b).wrapping_mul(-128);
-                two[row] = _mm512_set1_epi32(offset);
-            }
-            for j in 0..4 {
-                let first = _mm512_loadu_si512(quants.add(j * 128).cast());
-                let second = _mm512_loadu_si512(quants.add(j * 128 + 64).cast());
-                if M == 1 {
-                    _mm_prefetch::<_MM_HINT_T0>(quants.add(j * 128 + 4 * TILE_BLOCK).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(quants.add(j * 128 + 64 + 4 * TILE_BLOCK).cast());
-                }
-                for row in 0..M {
-                    let q = x.q[row].as_ptr().add(b * 32 * TERMS + j * 8);
-                    let four =
-                        |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
-                    one[row] = _mm512_dpbusd_epi32(one[row], first, four(0));
-                    if TERMS == 1 {
-                        two[row] = _mm512_dpbusd_epi32(two[row], second, four(4));
-                    } else {
-                        two[row] = _mm512_dpbusd_epi32(two[row], first, four(32));
-                        one[row] = _mm512_dpbusd_epi32(one[row], second, four(4));
-                        two[row] = _mm512_dpbusd_epi32(two[row], second, four(36));
-                    }
-                }
-            }
-            let d = _mm512_cvtph_ps(_mm256_loadu_si256(w.d.as_ptr().add(b * 16).cast()));
-            for row in 0..M {
-                let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<8>(one[row]) };
-                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
-                let scale = _mm512_mul_ps(d, _mm512_set1_ps(*x.d[row].get_unchecked(b)));
-                acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
-            }
-        }
+    fn run(block: &[u8], _: usize) -> Run {
+        let u = std::array::from_fn(|k| block[2 + k] ^ 128);
+        Run { u, d: half_at(block, 0), m: 0, sc: 1, mc: 0 }
     }
 }

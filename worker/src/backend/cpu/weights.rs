@@ -97,9 +97,12 @@ impl Source for Slice<'_> {
         self.format
     }
 
-    fn row_blocks(&self, row: usize) -> Option<&[u8]> {
-        let whole = self.first_column == 0 && self.columns.is_multiple_of(self.format.block_len());
-        whole.then(|| self.row(row))
+    fn row_blocks(&self, row: usize) -> &[u8] {
+        self.row(row)
+    }
+
+    fn first_column(&self) -> usize {
+        self.first_column
     }
 
     fn row_f32(&self, row: usize, out: &mut [f32]) {

@@ -1,0 +1,115 @@
+//! The dot product of a run with `vpdpbusd`: unsigned weights, signed activations, 16 rows in the lanes.
+
+use std::arch::x86_64::*;
+
+use super::blocks::{Blocks, RUN, Scales};
+use super::tiles::{FIFTHS, quant_bytes};
+use crate::linear::{Rows, TileWeights};
+use crate::matrix::TILE_ROWS;
+
+/// Bytes that a lone row of activations fetches ahead.
+const AHEAD: usize = 2048;
+
+/// [`super::portable::run`] to the bit. One activation term is summed in two chains, two terms in one
+/// chain each.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
+    w: &TileWeights<'_>,
+    b: usize,
+    x: &Rows<'_, M>,
+    acc: &mut [__m512; M],
+) {
+    debug_assert!(w.quants.len() >= (b + 1) * quant_bytes(B::BITS));
+    debug_assert!(x.q.iter().all(|q| q.len() >= (b + 1) * RUN * TERMS));
+    let (mut one, mut two) = ([_mm512_setzero_si512(); M], [_mm512_setzero_si512(); M]);
+    // SAFETY: the tile has run b (callers loop over its runs; asserted above in debug builds), with
+    // scales for 16 rows, and every row of activations has 32 columns of it.
+    unsafe {
+        if B::ZERO != 0 {
+            for row in 0..M {
+                let offset = x.isum[row].get_unchecked(b).wrapping_mul(-B::ZERO);
+                two[row] = _mm512_set1_epi32(offset);
+            }
+        }
+        for j in 0..4 {
+            let (first, second) = vectors::<B, M>(w, b, j);
+            for row in 0..M {
+                let q = x.q[row].as_ptr().add(b * RUN * TERMS + j * 4);
+                let four = |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
+                one[row] = _mm512_dpbusd_epi32(one[row], first, four(0));
+                if TERMS == 1 {
+                    two[row] = _mm512_dpbusd_epi32(two[row], second, four(16));
+                } else {
+                    two[row] = _mm512_dpbusd_epi32(two[row], first, four(RUN));
+                    one[row] = _mm512_dpbusd_epi32(one[row], second, four(16));
+                    two[row] = _mm512_dpbusd_epi32(two[row], second, four(RUN + 16));
+                }
+            }
+        }
+        let at = w.scale_at::<B>(b);
+        let half = |of: &[u16]| _mm512_cvtph_ps(_mm256_loadu_si256(of.as_ptr().add(at).cast()));
+        let integers = |of: &[u8]| {
+            let bytes = _mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast());
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
+        };
+        let scale = match B::SCALES {
+            Scales::Plain | Scales::Min => half(w.d),
+            Scales::Super => _mm512_mul_ps(half(w.d), integers(w.sc)),
+        };
+        let min = match B::SCALES {
+            Scales::Plain => _mm512_setzero_ps(),
+            Scales::Min => half(w.m),
+            Scales::Super => _mm512_mul_ps(half(w.m), integers(w.mc)),
+        };
+        for row in 0..M {
+            let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<8>(one[row]) };
+            let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
+            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*x.d[row].get_unchecked(b)));
+            acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
+            let sum = || _mm512_set1_ps(*x.s[row].get_unchecked(b));
+            acc[row] = match B::SCALES {
+                Scales::Plain => acc[row],
+                Scales::Min => _mm512_fmadd_ps(min, sum(), acc[row]),
+                Scales::Super => _mm512_fnmadd_ps(min, sum(), acc[row]),
+            };
+        }
+    }
+}
+
+/// Columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3 of all rows.
+///
+/// # Safety
+/// The tile has run b.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn vectors<B: Blocks, const M: usize>(
+    w: &TileWeights<'_>,
+    b: usize,
+    j: usize,
+) -> (__m512i, __m512i) {
+    // SAFETY: in bounds by the caller's promise; a prefetch may point anywhere.
+    unsafe {
+        let quants = w.quants.as_ptr().add(b * quant_bytes(B::BITS));
+        let load = |at: usize| {
+            if M == 1 {
+                _mm_prefetch::<_MM_HINT_T0>(quants.wrapping_add(at + AHEAD).cast());
+            }
+            _mm512_loadu_si512(quants.add(at).cast())
+        };
+        if B::BITS == 8 {
+            return (load(j * 128), load(j * 128 + 64));
+        }
+        let low = _mm512_set1_epi8(15);
+        let packed = load(j * 64);
+        let first = _mm512_and_si512(packed, low);
+        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low);
+        if B::BITS == 4 {
+            return (first, second);
+        }
+        let masks = w.fifths.as_ptr().add(b * FIFTHS + j * 16).cast::<u64>();
+        let sixteen = _mm512_set1_epi8(16);
+        let with = |v, mask| _mm512_mask_add_epi8(v, mask, v, sixteen);
+        (with(first, masks.read_unaligned()), with(second, masks.add(1).read_unaligned()))
+    }
+}
