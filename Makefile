@@ -66,7 +66,7 @@ unit: model etcd sdk
 docs:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
-test: fmt lint unit docs
+test: fmt lint docs unit
 
 check: test deny
 

@@ -55,7 +55,7 @@ pub trait Collective: Send {
     fn epoch(&self) -> u64;
 
     /// Sum over canonical chunks, in the order the plan fixes: the same bits on every rank,
-    /// whatever the split. `parts`: [plan.n_parts(rank)][out.len()], f32; `out` is overwritten.
+    /// whatever the split. `parts`: `[plan.n_parts(rank)][out.len()]`, f32; `out` is overwritten.
     fn all_reduce(
         &mut self,
         tag: Tag,

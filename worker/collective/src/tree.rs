@@ -86,7 +86,7 @@ impl SumTree {
     }
 
     /// How to sum the subtree that covers exactly `part` with a stack: push each leaf in order, and
-    /// after the i-th do this, result[i] times: pop right, pop left, push left + right. One value
+    /// after the i-th do this, `result[i]` times: pop right, pop left, push left + right. One value
     /// is left.
     ///
     /// Panics if no subtree covers exactly `part`.

@@ -1,7 +1,7 @@
 //! Every op in plain candle-core tensors, f32: slow and obvious, the truth that other backends are
 //! tested against. No int8 activations, no fusion, no buffers kept between steps.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 
 use candle_core::{D, Device, Tensor};
 use evener_collective::{Collective, Tag};
