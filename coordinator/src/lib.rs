@@ -1,6 +1,7 @@
 //! The coordinator knows text, requests and groups; never a tensor, never a model file.
 //!
-//! [`run`] is a whole coordinator: the cluster side forms groups and publishes them, the request side serves them.
+//! [`run`] is a whole coordinator: the cluster side forms groups and publishes them, the request
+//! side serves them.
 
 pub mod cluster;
 pub mod config;
@@ -29,10 +30,12 @@ pub enum Error {
     Http(#[from] http::ServerError),
 }
 
-/// Runs a coordinator until `shutdown`; then finishes what is being answered, up to the option's deadline.
+/// Runs a coordinator until `shutdown`; then finishes what is being answered, up to the option's
+/// deadline.
 ///
 /// # Errors
-/// An address that cannot be listened on, a registry that cannot be, or a deployment that cannot be.
+/// An address that cannot be listened on, a registry that cannot be, or a deployment that cannot
+/// be.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), Error> {
     let address = options.http_listen;
     let listener = TcpListener::bind(address).await;

@@ -45,7 +45,8 @@ macro_rules! text_id {
             /// Parses an id.
             ///
             /// # Errors
-            /// Empty, longer than [`MAX_ID_LEN`], or a character that could not stand in a registry key.
+            /// Empty, longer than [`MAX_ID_LEN`], or a character that could not stand in a registry
+            /// key.
             pub fn parse(text: &str) -> Result<Self, Error> {
                 check($what, text)?;
                 Ok(Self(text.to_owned()))

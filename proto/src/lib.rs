@@ -1,6 +1,7 @@
 //! The contract between Evener's processes: generated messages, checked ids, registry keys.
 //!
-//! Nothing else is shared between coordinator and worker. Generated types stop at each crate's border file.
+//! Nothing else is shared between coordinator and worker. Generated types stop at each crate's
+//! border file.
 
 pub mod ids;
 pub mod keys;

@@ -1,8 +1,10 @@
-//! Keeps this worker in the registry: a lease, its WorkerRecord, and a LoadReport each second under the same lease.
+//! Keeps this worker in the registry: a lease, its WorkerRecord, and a LoadReport each second under
+//! the same lease.
 //!
-//! A registry that is away is waited for, for ever and with backoff; a lease that is gone is replaced under the same
-//! identity. Serving never depends on it. It speaks to etcd and to a coordinator's embedded registry by the few
-//! calls it needs; the coordinator has its own, fuller client.
+//! A registry that is away is waited for, for ever and with backoff; a lease that is gone is
+//! replaced under the same identity. Serving never depends on it. It speaks to etcd and to a
+//! coordinator's embedded registry by the few calls it needs; the coordinator has its own, fuller
+//! client.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -202,7 +204,8 @@ impl Registration {
         Ok(())
     }
 
-    /// Logs a failure once per outage and turns to the next endpoint; says whether the registry counts as away.
+    /// Logs a failure once per outage and turns to the next endpoint; says whether the registry
+    /// counts as away.
     fn cope(&mut self, error: &Error, was_away: bool) -> bool {
         if matches!(error, Error::LeaseGone) {
             tracing::warn!("lease gone, registering again");
@@ -387,7 +390,8 @@ fn unix_ms() -> u64 {
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Between half and all of `pause`, so that workers who lost the registry together do not come back together.
+/// Between half and all of `pause`, so that workers who lost the registry together do not come back
+/// together.
 fn jitter(pause: Duration) -> Duration {
     let random = RandomState::new().build_hasher().finish();
     let fraction = 0.5 + f64::from((random >> 33) as u32) / f64::from(1u32 << 31) / 2.0;

@@ -43,13 +43,16 @@ struct Criteria {
 const REORDERED: Criteria =
     Criteria { min_top_1: 0.995, max_perplexity: 1e-4, max_difference: 0.01 };
 
-/// Activations are rounded to 16 bits, in blocks of 32 columns, before each of 211 matrices: a step is a
-/// 32512th of a block's maximum. 0.011 was measured; the bound leaves room for other texts and machines.
+/// Activations are rounded to 16 bits, in blocks of 32 columns, before each of 211 matrices: a step
+/// is a
+/// 32512th of a block's maximum. 0.011 was measured; the bound leaves room for other texts and
+/// machines.
 const ROUNDED_16: Criteria =
     Criteria { min_top_1: 0.99, max_perplexity: 0.005, max_difference: 0.1 };
 
-/// The oracle as it comes rounds activations to 8 bits itself, and so chooses another token than its own
-/// f32 arithmetic at 3 to 5 % of positions of this small model: no accurate backend can be closer.
+/// The oracle as it comes rounds activations to 8 bits itself, and so chooses another token than
+/// its own f32 arithmetic at 3 to 5 % of positions of this small model: no accurate backend can be
+/// closer.
 const ROUNDED_8: Criteria = Criteria { min_top_1: 0.93, max_perplexity: 0.02, max_difference: 4.0 };
 
 /// The text's sequences, each with one token more than it has positions.

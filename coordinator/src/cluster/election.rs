@@ -1,6 +1,7 @@
 //! Which coordinator places groups: whoever holds the leader key, under a lease. All of them serve.
 //!
-//! A lease is not a lock: two coordinators may think they lead for a while. What keeps that harmless is the epoch.
+//! A lease is not a lock: two coordinators may think they lead for a while. What keeps that
+//! harmless is the epoch.
 
 use std::time::Duration;
 

@@ -1,7 +1,9 @@
-//! The embedded registry: the contract of `registry.rs` in this process's memory, for one machine and the first minute.
+//! The embedded registry: the contract of `registry.rs` in this process's memory, for one machine
+//! and the first minute.
 //!
-//! It is not replicated and forgets everything when the coordinator ends; workers then register again. Its history
-//! is bounded, so compaction is real here too. `embedded_grpc.rs` offers it to other processes.
+//! It is not replicated and forgets everything when the coordinator ends; workers then register
+//! again. Its history is bounded, so compaction is real here too. `embedded_grpc.rs` offers it to
+//! other processes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -20,8 +22,8 @@ use super::registry::{
 /// Bounds of an embedded registry.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Revision before the first change. The time of start, so that who knew an earlier life of this registry sees
-    /// that its revisions are gone.
+    /// Revision before the first change. The time of start, so that who knew an earlier life of
+    /// this registry sees that its revisions are gone.
     pub first_revision: Revision,
     /// Changes kept for watchers that come back; older ones are compacted.
     pub max_history: usize,
@@ -204,7 +206,8 @@ impl Store {
         Snapshot { entries, revision: self.revision }
     }
 
-    /// Changes under `prefix` from `from` on, whole revisions, about `limit` at most; and where to go on.
+    /// Changes under `prefix` from `from` on, whole revisions, about `limit` at most; and where to
+    /// go on.
     fn changes(
         &self,
         prefix: &str,
@@ -315,7 +318,8 @@ impl Backend for Embedded {
     }
 
     fn grant(&self, ttl_s: u32) -> BoxFuture<'_, Result<Lease, Error>> {
-        // Random, so that a lease of an earlier life of this registry is not mistaken for one of this.
+        // Random, so that a lease of an earlier life of this registry is not mistaken for one of
+        // this.
         let id = LeaseId(rand::random_range(1..i64::MAX));
         let granted = self.inner.change(|store| store.grant(id, ttl_s, Instant::now()));
         futures::future::ready(granted).boxed()
@@ -348,7 +352,8 @@ impl Backend for Embedded {
         futures::future::ready(Ok(self.inner.lock().get(&prefix))).boxed()
     }
 
-    /// A watcher is a cursor into the shared history: it queues nothing, and one that is too slow is compacted.
+    /// A watcher is a cursor into the shared history: it queues nothing, and one that is too slow
+    /// is compacted.
     fn watch(&self, prefix: String, from: Revision) -> BoxFuture<'_, Result<Changes, Error>> {
         let inner = Arc::clone(&self.inner);
         let reached = inner.reached.subscribe();

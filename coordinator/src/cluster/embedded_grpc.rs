@@ -1,6 +1,8 @@
-//! The embedded registry across processes: the gRPC service a coordinator offers, and the client that speaks to it.
+//! The embedded registry across processes: the gRPC service a coordinator offers, and the client
+//! that speaks to it.
 //!
-//! Workers have their own small client (`worker/src/registration.rs`); this one is for further coordinators.
+//! Workers have their own small client (`worker/src/registration.rs`); this one is for further
+//! coordinators.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -21,7 +23,8 @@ use super::registry::{
     Backend, Change, Changes, Entry, Error, Lease, LeaseId, Put, Revision, Snapshot,
 };
 
-/// Serves `registry` on `listener` until `shutdown`; watches are ended then, calls have a second to finish.
+/// Serves `registry` on `listener` until `shutdown`; watches are ended then, calls have a second to
+/// finish.
 ///
 /// # Errors
 /// The listener failed.
@@ -207,7 +210,8 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// A client of the registry at `address` (host:port); connects when first used, and again after a break.
+    /// A client of the registry at `address` (host:port); connects when first used, and again after
+    /// a break.
     ///
     /// # Errors
     /// The address is none.

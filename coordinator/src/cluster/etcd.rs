@@ -1,7 +1,7 @@
 //! The registry in etcd, over the few calls of its v3 API that `proto/etcd.proto` states.
 //!
-//! One call is one try at one member, with a deadline; a member that does not answer makes room for the next. Trying
-//! again is the caller's: it knows whether that is safe.
+//! One call is one try at one member, with a deadline; a member that does not answer makes room for
+//! the next. Trying again is the caller's: it knows whether that is safe.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -27,8 +27,8 @@ pub struct Options {
     pub connect_timeout: Duration,
     /// Of one call to one member.
     pub request_timeout: Duration,
-    /// Between two pings on an idle connection, and how long an answer may take. etcd refuses clients that ping
-    /// more often than each 5 s.
+    /// Between two pings on an idle connection, and how long an answer may take. etcd refuses
+    /// clients that ping more often than each 5 s.
     pub keepalive_interval: Duration,
     pub keepalive_timeout: Duration,
 }
@@ -61,7 +61,8 @@ enum Asked {
 }
 
 impl Etcd {
-    /// A client of the cluster whose members listen at `addresses` (host:port); connects when first used.
+    /// A client of the cluster whose members listen at `addresses` (host:port); connects when first
+    /// used.
     ///
     /// # Errors
     /// No address, or one that is none.
@@ -187,7 +188,8 @@ fn first(prefix: &str) -> Bytes {
     if prefix.is_empty() { Bytes::from_static(b"\0") } else { Bytes::from(prefix.to_owned()) }
 }
 
-/// Keys are ours, so they are text; one that is not is shown as well as can be and ignored further up.
+/// Keys are ours, so they are text; one that is not is shown as well as can be and ignored further
+/// up.
 fn text(key: &[u8]) -> String {
     String::from_utf8_lossy(key).into_owned()
 }
@@ -348,7 +350,8 @@ impl Backend for Etcd {
     }
 }
 
-/// Opens a watch and waits until etcd says it stands. No fragments are asked for, so a response holds whole revisions.
+/// Opens a watch and waits until etcd says it stands. No fragments are asked for, so a response
+/// holds whole revisions.
 async fn open(
     channel: Channel,
     prefix: String,

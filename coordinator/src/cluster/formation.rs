@@ -1,4 +1,5 @@
-//! One epoch of a group as its coordinator sees it grow: what each rank has told, and what follows from it. Pure.
+//! One epoch of a group as its coordinator sees it grow: what each rank has told, and what follows
+//! from it. Pure.
 
 use std::time::Duration;
 
@@ -46,7 +47,8 @@ pub struct Failure {
 }
 
 impl Formation {
-    /// A new epoch, or (`record` is ready) one that lives already and is adopted; its ranks have until `deadline` to say so.
+    /// A new epoch, or (`record` is ready) one that lives already and is adopted; its ranks have
+    /// until `deadline` to say so.
     #[must_use]
     pub fn new(record: Group, now: Instant, limit: Duration) -> Self {
         let asked =

@@ -1,6 +1,8 @@
-//! One worker as the supervisor reaches it: describe, join, leave. The border for worker.proto on the cluster side.
+//! One worker as the supervisor reaches it: describe, join, leave. The border for worker.proto on
+//! the cluster side.
 //!
-//! It decides nothing: it tells what the worker said, and whether the worker could be reached at all.
+//! It decides nothing: it tells what the worker said, and whether the worker could be reached at
+//! all.
 
 use std::error::Error as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,9 +23,11 @@ pub struct Options {
     pub describe_timeout: Duration,
     /// Until JoinGroup begins to answer.
     pub join_answer_timeout: Duration,
-    /// Of LeaveGroup: aborting a rank that loads takes a worker some seconds. Pings tell sooner who is frozen.
+    /// Of LeaveGroup: aborting a rank that loads takes a worker some seconds. Pings tell sooner who
+    /// is frozen.
     pub leave_timeout: Duration,
-    /// Between two pings on an idle connection, and how long an answer may take: how a frozen worker is noticed.
+    /// Between two pings on an idle connection, and how long an answer may take: how a frozen
+    /// worker is noticed.
     pub keepalive_interval: Duration,
     pub keepalive_timeout: Duration,
 }

@@ -1,6 +1,7 @@
 //! The view: membership, load, deployments and groups as folded from the registry so far. Pure.
 //!
-//! It believes what the registry says and judges nothing; `placement.rs` does. What it does not understand it counts.
+//! It believes what the registry says and judges nothing; `placement.rs` does. What it does not
+//! understand it counts.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,7 @@
 //! The cluster side: registry, membership, placement, and the supervisor that forms groups.
 //!
-//! It publishes a [`Directory`] and a status page; it knows no request and no HTTP. [`start`] sets it going.
+//! It publishes a [`Directory`] and a status page; it knows no request and no HTTP. [`start`] sets
+//! it going.
 
 mod descriptions;
 pub mod election;

@@ -1,7 +1,7 @@
 //! Which workers should form which groups, or why they cannot. Pure.
 //!
-//! A living group stays as it is while its members do; everything else is decided anew each time. The supervisor acts
-//! on what is returned here, and people read the sentences.
+//! A living group stays as it is while its members do; everything else is decided anew each time.
+//! The supervisor acts on what is returned here, and people read the sentences.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +43,8 @@ pub struct Situation<'a> {
     pub living: &'a BTreeMap<GroupId, Living>,
     /// Workers that are registered and still not to be used, and why.
     pub shunned: &'a BTreeMap<WorkerId, String>,
-    /// Workers whose lease ended a moment ago: they may be back under it soon, so their groups live on.
+    /// Workers whose lease ended a moment ago: they may be back under it soon, so their groups live
+    /// on.
     pub lingering: &'a BTreeMap<WorkerId, Worker>,
     /// Since a worker last came.
     pub settled_for: Duration,

@@ -1,4 +1,5 @@
-//! From the supervisor's state to what others read: the directory of the request path. The status page is `status.rs`.
+//! From the supervisor's state to what others read: the directory of the request path. The status
+//! page is `status.rs`.
 
 use std::sync::Arc;
 

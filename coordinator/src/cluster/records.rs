@@ -1,4 +1,5 @@
-//! What stands in the registry, checked: the border between the messages of registry.proto and our own types.
+//! What stands in the registry, checked: the border between the messages of registry.proto and our
+//! own types.
 
 use std::collections::BTreeMap;
 

@@ -1,7 +1,8 @@
 //! The registry contract: leases, revisions, conditional puts and watches, whoever keeps them.
 //!
-//! `etcd.rs` and `embedded.rs` implement [`Backend`]; what is built on top of it (epochs, a watch that survives
-//! breaks and compaction) is written once, here. It knows keys and bytes, not what the values mean.
+//! `etcd.rs` and `embedded.rs` implement [`Backend`]; what is built on top of it (epochs, a watch
+//! that survives breaks and compaction) is written once, here. It knows keys and bytes, not what
+//! the values mean.
 
 use std::fmt;
 use std::pin::Pin;
@@ -122,11 +123,12 @@ pub trait Backend: Send + Sync + 'static {
         if_mod_revision: Option<Revision>,
     ) -> BoxFuture<'_, Result<bool, Error>>;
     fn get(&self, prefix: String) -> BoxFuture<'_, Result<Snapshot, Error>>;
-    /// Changes under `prefix` from revision `from` on. A stream item holds whole revisions, oldest first.
+    /// Changes under `prefix` from revision `from` on. A stream item holds whole revisions, oldest
+    /// first.
     ///
     /// # Errors
-    /// [`Error::Compacted`], here or from the stream, if `from` is no longer kept or lies in a future that this
-    /// registry has not seen (it lost its data).
+    /// [`Error::Compacted`], here or from the stream, if `from` is no longer kept or lies in a
+    /// future that this registry has not seen (it lost its data).
     fn watch(&self, prefix: String, from: Revision) -> BoxFuture<'_, Result<Changes, Error>>;
 }
 
@@ -204,7 +206,8 @@ impl Registry {
         Self { backend }
     }
 
-    /// Takes the next epoch: greater than every epoch taken before and than `above`. One of two contenders gets each number.
+    /// Takes the next epoch: greater than every epoch taken before and than `above`. One of two
+    /// contenders gets each number.
     ///
     /// # Errors
     /// [`Error::Retryable`] if the registry is away, or contenders won too many times in a row.
@@ -241,7 +244,8 @@ impl Registry {
         })
     }
 
-    /// Follows a prefix through breaks (resuming where it was) and compaction (reading everything anew).
+    /// Follows a prefix through breaks (resuming where it was) and compaction (reading everything
+    /// anew).
     #[must_use]
     pub fn follow(&self, prefix: &str, options: FollowOptions) -> Follower {
         let (sender, events) = mpsc::channel(options.queue);
@@ -388,7 +392,8 @@ async fn follow_once(
     }
 }
 
-/// A pause between half and all of `pause`, so that those who broke together do not come back together.
+/// A pause between half and all of `pause`, so that those who broke together do not come back
+/// together.
 pub(crate) fn jitter(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(0.5..1.0))
 }

@@ -1,4 +1,5 @@
-//! The status page: workers, groups, deployments, registry and leader as JSON, for `GET /status` and people.
+//! The status page: workers, groups, deployments, registry and leader as JSON, for `GET /status`
+//! and people.
 
 use std::collections::BTreeMap;
 

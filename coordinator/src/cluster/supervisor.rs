@@ -1,7 +1,9 @@
-//! Reconciles wanted groups with living ones: forms, follows and retires epochs while this coordinator leads.
+//! Reconciles wanted groups with living ones: forms, follows and retires epochs while this
+//! coordinator leads.
 //!
-//! One task owns all state here; tasks that talk to workers and to the registry report to it through one channel.
-//! What should be done is decided by `placement.rs` and `formation.rs`; what is published is built in `publish.rs`.
+//! One task owns all state here; tasks that talk to workers and to the registry report to it
+//! through one channel. What should be done is decided by `placement.rs` and `formation.rs`; what
+//! is published is built in `publish.rs`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -45,7 +47,8 @@ pub struct Options {
     /// How long a worker that did not answer is left alone at first; doubles likewise.
     pub shun_min: Duration,
     pub shun_max: Duration,
-    /// How long the groups of a worker whose lease ended live on: if only the lease was lost, the worker is back soon.
+    /// How long the groups of a worker whose lease ended live on: if only the lease was lost, the
+    /// worker is back soon.
     pub linger: Duration,
     pub follow: FollowOptions,
 }
@@ -394,7 +397,8 @@ impl Supervisor {
         }
     }
 
-    /// Ends an epoch, whatever state it is in: tells its workers, writes it down, and sets when to try again.
+    /// Ends an epoch, whatever state it is in: tells its workers, writes it down, and sets when to
+    /// try again.
     fn fail(&mut self, id: &GroupId, failure: &Failure, now: Instant) {
         let Some(live) = self.state.groups.remove(id) else { return };
         let Some(formation) = live.formation else {

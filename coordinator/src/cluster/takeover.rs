@@ -1,4 +1,5 @@
-//! What a new leader does with the groups it finds on record: ready ones live on under their epoch, others are retired.
+//! What a new leader does with the groups it finds on record: ready ones live on under their epoch,
+//! others are retired.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,7 +15,8 @@ use super::state::Live;
 use super::supervisor::Supervisor;
 
 impl Supervisor {
-    /// Takes over what an earlier leader left: ready groups whose members are all here live on under their epoch.
+    /// Takes over what an earlier leader left: ready groups whose members are all here live on
+    /// under their epoch.
     pub(super) fn adopt(&mut self, now: Instant) {
         if !self.state.leading || !self.state.view.known {
             return;

@@ -1,6 +1,7 @@
 //! Writes group records, in the background and until it has worked: the registry may be away.
 //!
-//! A record never replaces one of a higher epoch, so that a coordinator that thinks it still leads does no harm.
+//! A record never replaces one of a higher epoch, so that a coordinator that thinks it still leads
+//! does no harm.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

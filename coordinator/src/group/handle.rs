@@ -1,6 +1,8 @@
-//! What the cluster side publishes and the request side reads: models, ready groups, and what is missing.
+//! What the cluster side publishes and the request side reads: models, ready groups, and what is
+//! missing.
 //!
-//! The supervisor writes one [`Directory`] after each change into a watch channel; router and HTTP only read it.
+//! The supervisor writes one [`Directory`] after each change into a watch channel; router and HTTP
+//! only read it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

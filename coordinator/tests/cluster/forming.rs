@@ -1,4 +1,5 @@
-//! The supervisor among scripted workers: groups are formed, followed, retired, formed again, and taken over.
+//! The supervisor among scripted workers: groups are formed, followed, retired, formed again, and
+//! taken over.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -198,7 +199,8 @@ async fn a_worker_that_never_answers_is_left_out() {
     assert_eq!(group.lead_address, w1.address.to_string());
 }
 
-/// Two coordinators at one registry: the first leads and has formed a group, which the second knows.
+/// Two coordinators at one registry: the first leads and has formed a group, which the second
+/// knows.
 async fn two_coordinators(kind: Kind) -> (Rig, Coordinator, Coordinator, ScriptedWorker) {
     let rig = Rig::start(kind).await;
     let url = rig.url();

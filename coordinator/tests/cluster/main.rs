@@ -1,4 +1,5 @@
-//! The cluster side from outside: registries, registration, and the supervisor among scripted workers.
+//! The cluster side from outside: registries, registration, and the supervisor among scripted
+//! workers.
 #![allow(clippy::unwrap_used)]
 
 mod forming;

@@ -1,5 +1,5 @@
-//! Registries for the suite: real etcd, the embedded one in this process, and the embedded one over gRPC; and a
-//! TCP proxy to cut a client off.
+//! Registries for the suite: real etcd, the embedded one in this process, and the embedded one over
+//! gRPC; and a TCP proxy to cut a client off.
 
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};

@@ -1,4 +1,5 @@
-//! What the tests share: coordinators with short waits, and waiting for a named state with a deadline.
+//! What the tests share: coordinators with short waits, and waiting for a named state with a
+//! deadline.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! A scripted worker: a peer that speaks worker.proto and registers by the worker's own code, and holds no model.
+//! A scripted worker: a peer that speaks worker.proto and registers by the worker's own code, and
+//! holds no model.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -19,7 +20,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::support::{self, MODEL};
 
-/// Coordinator and worker may not know each other, so the worker's file is compiled in here by its path.
+/// Coordinator and worker may not know each other, so the worker's file is compiled in here by its
+/// path.
 #[path = "../../../worker/src/registration.rs"]
 pub mod registration;
 
@@ -140,7 +142,8 @@ impl ScriptedWorker {
         self.registered.cancel();
     }
 
-    /// Stops it as a debugger would: its sockets stay open and nothing answers, until the returned value is dropped.
+    /// Stops it as a debugger would: its sockets stay open and nothing answers, until the returned
+    /// value is dropped.
     pub fn freeze(&self) -> std::sync::mpsc::Sender<()> {
         let (frozen, thaws) = std::sync::mpsc::channel();
         let runtime = self.runtime.as_ref().unwrap();

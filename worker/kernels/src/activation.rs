@@ -2,15 +2,16 @@
 //! depend on that row alone.
 //!
 //! 8 bits are the scheme of ggml's Q8_1 with f32 scales: `d = max|x| / 127`, `q = round(x / d)`. 16 bits
-//! are two int8 terms, `q = 256 * high + low`, for the same instructions twice; weights are read once.
+//! are two int8 terms, `q = 256 * high + low`, for the same instructions twice; weights are read
+//! once.
 
 use crate::isa::{Isa, dispatch};
 
 /// Columns of a block.
 pub const BLOCK: usize = 32;
 
-/// Bits of a quantised activation. 8 round as most CPU engines do and move a small model's choice at some 4 % of
-/// positions; 16 are as good as f32.
+/// Bits of a quantised activation. 8 round as most CPU engines do and move a small model's choice
+/// at some 4 % of positions; 16 are as good as f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     Int8,
@@ -26,7 +27,8 @@ impl Precision {
         }
     }
 
-    /// Largest integer: the low term of 16 bits reaches from -128 to 127, so the high one stays within int8.
+    /// Largest integer: the low term of 16 bits reaches from -128 to 127, so the high one stays
+    /// within int8.
     fn limit(self) -> f32 {
         match self {
             Self::Int8 => 127.0,

@@ -1,9 +1,10 @@
-//! Causal attention over a paged KV cache (Vaswani et al. 2017, section 3.2; pages as in Kwon et al.
+//! Causal attention over a paged KV cache (Vaswani et al. 2017, section 3.2; pages as in Kwon et
+//! al.
 //! 2023), grouped queries.
 //!
-//! Each query's result is its own: scores for all positions, one maximum, exponentials, their sum and
-//! the weighted values, every sum over positions in position order. Queries of one KV head are taken
-//! four at a time only to read the cache once.
+//! Each query's result is its own: scores for all positions, one maximum, exponentials, their sum
+//! and the weighted values, every sum over positions in position order. Queries of one KV head are
+//! taken four at a time only to read the cache once.
 
 use crate::isa::{Isa, dispatch};
 use crate::lanes::{LANES, Lanes, fma_scalar, sum};

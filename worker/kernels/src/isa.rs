@@ -1,11 +1,14 @@
 //! Which instruction set the kernels use, chosen once at run time.
 
-/// Instruction sets with kernels of their own. All give the same bits.
+/// Instruction sets with kernels of their own. All give the same bits. Only [`Isa::detect`] and
+/// [`Isa::available`] make those that not every machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// AVX-512 F, BW, VL, DQ and VNNI.
+    #[non_exhaustive]
     Avx512Vnni,
     /// AVX2, FMA and F16C, as the compiler vectorises the portable code.
+    #[non_exhaustive]
     Avx2,
     /// Whatever the machine is.
     Portable,
@@ -55,8 +58,8 @@ impl Isa {
     }
 }
 
-/// Compiles one body of `#[inline(always)]` code for every instruction set and calls the right one; `<N>` names a
-/// `const N: usize` of the body, if it has one.
+/// Compiles one body of `#[inline(always)]` code for every instruction set and calls the right one;
+/// `<N>` names a `const N: usize` of the body, if it has one.
 macro_rules! dispatch {
     ($isa:expr, fn $(<$n:ident>)? ($($arg:ident: $ty:ty),* $(,)?) => $body:expr) => {{
         #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,5 @@
-//! Sixteen f32 lanes with a fixed order of additions, written so that the compiler makes vectors of it.
+//! Sixteen f32 lanes with a fixed order of additions, written so that the compiler makes vectors of
+//! it.
 
 /// Lanes of every vectorised sum.
 pub(crate) const LANES: usize = 16;

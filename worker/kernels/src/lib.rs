@@ -1,9 +1,9 @@
 //! Kernels of the CPU backend, the weight formats they read and the thread pool they run on. The
 //! only home of SIMD. No dependency on the rest of Evener, no I/O.
 //!
-//! Every result is a function of its own row and the weights: the sequence of float operations of an
-//! output element does not depend on the batch, the number of threads or the instruction set. Tests
-//! compare bits.
+//! Every result is a function of its own row and the weights: the sequence of float operations of
+//! an output element does not depend on the batch, the number of threads or the instruction set.
+//! Tests compare bits.
 
 // Lanes and rows of several arrays are walked together by one index, and inner loops take what they
 // work on as arguments.

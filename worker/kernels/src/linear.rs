@@ -1,8 +1,8 @@
 //! `out = x * w^T` over packed tiles: whole rows, or leaf by leaf for a split sum.
 //!
 //! One kernel family for 1 to 8 rows of activations at a time. The order of float operations of an
-//! output element: blocks of 32 columns in order within a leaf, leaves by the given merges. It does not
-//! depend on how many rows, tiles or threads there are.
+//! output element: blocks of 32 columns in order within a leaf, leaves by the given merges. It does
+//! not depend on how many rows, tiles or threads there are.
 
 use std::mem::MaybeUninit;
 
@@ -286,7 +286,8 @@ macro_rules! sum_leaves {
                 for _ in 0..$sum.merges[leaf] {
                     top -= 1;
                     let (left, right) =
-                        // SAFETY: `check_sum` saw that merges leave at least one sum: both were written.
+                        // SAFETY: `check_sum` saw that merges leave at least one sum: both were
+                        // written.
                         unsafe { (stack[top - 1].assume_init(), stack[top].assume_init()) };
                     for m in 0..$M {
                         acc[m] = $add(left[m], right[m]);

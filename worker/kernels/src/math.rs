@@ -1,7 +1,7 @@
 //! exp without libm: the same bits on every machine and instruction set, and vectorisable.
 
-/// e^x for any finite x or -infinity; relative error below 3e-7 (tested). Saturates: 0 below -87.3, a value near
-/// f32::MAX above 88.3.
+/// e^x for any finite x or -infinity; relative error below 3e-7 (tested). Saturates: 0 below -87.3,
+/// a value near f32::MAX above 88.3.
 ///
 /// Cody and Waite's two-step reduction by ln 2, then a degree-6 polynomial on [-ln2/2, ln2/2].
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! A weight matrix in kernel form: tiles of 16 rows, repacked once at load.
 //!
-//! A tile holds 16 output rows side by side, so that one vector instruction advances all of them and
-//! each lane is one row's own sum.
+//! A tile holds 16 output rows side by side, so that one vector instruction advances all of them
+//! and each lane is one row's own sum.
 
 use crate::quant::tiles::Tiles;
 use crate::quant::{Format, f32_tile, with_blocks};
@@ -39,26 +39,21 @@ pub trait Source {
 }
 
 impl Matrix {
-    /// Packs a matrix. `on_row_tile` is called after each 16 rows with the rows done so far.
+    /// Packs a matrix.
     ///
     /// # Panics
     /// If `columns`, or where they begin in a block, is not a multiple of 32.
     #[must_use]
-    pub fn pack(
-        rows: usize,
-        columns: usize,
-        source: &dyn Source,
-        on_row_tile: &mut dyn FnMut(usize),
-    ) -> Self {
+    pub fn pack(rows: usize, columns: usize, source: &dyn Source) -> Self {
         assert!(columns.is_multiple_of(32), "{columns} columns are not whole runs of 32");
         let first = source.first_column();
         assert!(first.is_multiple_of(32), "column {first} of a block begins no run of 32");
         let format = source.format();
         with_blocks!(format, B => {
-            let tiles = Tiles::pack::<B>(rows, columns, source, on_row_tile);
+            let tiles = Tiles::pack::<B>(rows, columns, source);
             Self { rows, columns, format, weights: Weights::Quantised(tiles) }
         }, _ => {
-            let weights = f32_tile::pack(rows, columns, source, on_row_tile);
+            let weights = f32_tile::pack(rows, columns, source);
             Self { rows, columns, format: Format::F32, weights: Weights::F32(weights) }
         })
     }

@@ -1,4 +1,5 @@
-//! RMS norm with its residual addition (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization").
+//! RMS norm with its residual addition (Zhang and Sennrich 2019, "Root Mean Square Layer
+//! Normalization").
 
 use crate::isa::{Isa, dispatch};
 use crate::lanes::{LANES, fma, sum};

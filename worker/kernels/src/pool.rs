@@ -1,5 +1,5 @@
-//! The threads of one rank: spin, then park. The caller is thread 0; a step pays no system call while
-//! threads spin.
+//! The threads of one rank: spin, then park. The caller is thread 0; a step pays no system call
+//! while threads spin.
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
@@ -33,8 +33,8 @@ struct Shared {
 
 type Job = *const (dyn Fn(usize) + Sync);
 
-// SAFETY: `job` is written only by the pool's owner while no helper runs (running == 0), and read by
-// helpers only between the generation's increment (Release) and their decrement of `running`.
+// SAFETY: `job` is written only by the pool's owner while no helper runs (running == 0), and read
+// by helpers only between the generation's increment (Release) and their decrement of `running`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer in `job` is only used during `Pool::run`.
 unsafe impl Send for Shared {}
@@ -87,7 +87,8 @@ impl Pool {
         }
         let shared = &*self.shared;
         // SAFETY: `&mut self` means no other run is under way, so no helper reads `job` now. The
-        // lifetime is erased, but this function does not return (or unwind) before every helper has finished.
+        // lifetime is erased, but this function does not return (or unwind) before every helper has
+        // finished.
         unsafe {
             *shared.job.get() = Some(std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job));
         }
@@ -116,8 +117,8 @@ impl Shared {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            // SAFETY: the generation changed, so `job` was written before (Release/Acquire) and stays
-            // valid until `running` reaches 0.
+            // SAFETY: the generation changed, so `job` was written before (Release/Acquire) and
+            // stays valid until `running` reaches 0.
             let job = unsafe { (*self.job.get()).expect("a generation has a job") };
             let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 // SAFETY: as above; the closure outlives `Pool::run`.

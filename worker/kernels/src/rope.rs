@@ -9,8 +9,8 @@ pub enum Pairs {
     Halves,
 }
 
-/// Rotates every head of one row in place. `row` is `[heads, head_dim]`; `cos` and `sin` are those of
-/// the row's position, one per pair; columns beyond the pairs stay as they are.
+/// Rotates every head of one row in place. `row` is `[heads, head_dim]`; `cos` and `sin` are those
+/// of the row's position, one per pair; columns beyond the pairs stay as they are.
 pub fn rotate(row: &mut [f32], head_dim: usize, pairs: Pairs, cos: &[f32], sin: &[f32]) {
     let n = cos.len();
     for head in row.chunks_exact_mut(head_dim) {

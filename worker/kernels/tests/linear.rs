@@ -169,7 +169,7 @@ fn products_are_those_of_plain_arithmetic_up_to_half_a_step() {
     let x = input(TOKENS);
     for (format, precision) in CASES {
         let random = Random::new(format, ROWS, COLUMNS);
-        let matrix = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
+        let matrix = Matrix::pack(ROWS, COLUMNS, &random);
         let out = multiply(Isa::detect(), 1, precision, &matrix, &x);
         for (token, x) in x.chunks(COLUMNS).enumerate() {
             for row in 0..ROWS {
@@ -196,7 +196,7 @@ fn products_are_those_of_plain_arithmetic_up_to_half_a_step() {
 fn bits_do_not_depend_on_batch_threads_or_instruction_set() {
     let x = input(TOKENS);
     for (format, precision) in CASES {
-        let matrix = Matrix::pack(ROWS, COLUMNS, &Random::new(format, ROWS, COLUMNS), &mut |_| ());
+        let matrix = Matrix::pack(ROWS, COLUMNS, &Random::new(format, ROWS, COLUMNS));
         let alone: Vec<f32> = x
             .chunks(COLUMNS)
             .flat_map(|x| multiply(Isa::Portable, 1, precision, &matrix, x))
@@ -218,7 +218,7 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
     let x = input(TOKENS);
     for (format, precision) in CASES {
         let mut random = Random::new(format, ROWS, COLUMNS);
-        let whole = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
+        let whole = Matrix::pack(ROWS, COLUMNS, &random);
         let mut want = vec![0.0; TOKENS * ROWS];
         let mut scratch = Activation::with_capacity(x.len(), precision);
         let mut pool = Pool::new(2, false);
@@ -229,9 +229,10 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
             Projection { weight: &whole, out: &mut want },
             &Sum { leaf_columns: 128, part_leaves: &[6], merges: &MERGES },
         );
-        // The right half on another rank, whose columns begin at 384; and the left half as two parts.
+        // The right half on another rank, whose columns begin at 384; and the left half as two
+        // parts.
         random.first = 384;
-        let right = Matrix::pack(ROWS, 384, &random, &mut |_| ());
+        let right = Matrix::pack(ROWS, 384, &random);
         let halves: Vec<Vec<f32>> = (0..2)
             .map(|h| x.chunks(COLUMNS).flat_map(|x| x[h * 384..(h + 1) * 384].to_vec()).collect())
             .collect();
@@ -244,7 +245,7 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
             &Sum { leaf_columns: 128, part_leaves: &[3], merges: &[0, 1, 1] },
         );
         random.first = 0;
-        let left = Matrix::pack(ROWS, 384, &random, &mut |_| ());
+        let left = Matrix::pack(ROWS, 384, &random);
         let mut parts_left = vec![0.0; 2 * TOKENS * ROWS];
         linear_parts(
             &mut pool,
@@ -264,7 +265,7 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
 fn rows_read_back_as_the_file_has_them() {
     for (format, _) in CASES {
         let random = Random::new(format, ROWS, COLUMNS);
-        let matrix = Matrix::pack(ROWS, COLUMNS, &random, &mut |_| ());
+        let matrix = Matrix::pack(ROWS, COLUMNS, &random);
         let mut out = vec![0.0; COLUMNS];
         for row in [0, 15, 16, 39] {
             matrix.dequantise_row(row, &mut out);
@@ -283,8 +284,7 @@ fn rows_read_back_as_the_file_has_them() {
 fn a_nan_activation_reaches_the_output() {
     let mut x = input(1);
     x[100] = f32::NAN;
-    let matrix =
-        Matrix::pack(ROWS, COLUMNS, &Random::new(Format::Q4_1, ROWS, COLUMNS), &mut |_| ());
+    let matrix = Matrix::pack(ROWS, COLUMNS, &Random::new(Format::Q4_1, ROWS, COLUMNS));
     for precision in [Precision::Int8, Precision::Int16] {
         let out = multiply(Isa::detect(), 1, precision, &matrix, &x);
         assert!(out.iter().all(|v| v.is_nan()), "{precision:?}");

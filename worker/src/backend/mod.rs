@@ -100,8 +100,8 @@ pub trait Loaded: Send {
 
 /// What a device can do once a rank's weights are in it.
 pub trait Backend: Send {
-    /// Runs the program on `batch`, meeting the other ranks in `collective` (op numbers from 1 up in
-    /// program order; op 0 is the engine's).
+    /// Runs the program on `batch`, meeting the other ranks in `collective` (its all-reduces are
+    /// numbered from 1 up in program order; op 0 is the engine's).
     ///
     /// # Errors
     /// A failed collective, or a device that failed. The epoch is over after either.
@@ -114,8 +114,8 @@ pub trait Backend: Send {
 /// Hears of bytes done and bytes in total while weights load; may stop it.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
-/// Reads a rank's slices into the device's form. `progress(done, total)` counts bytes of the file and
-/// may stop the loading.
+/// Reads a rank's slices into the device's form. `progress(done, total)` counts bytes of the file
+/// and may stop the loading.
 ///
 /// # Errors
 /// What is wrong with the checkpoint, or a stop asked for.

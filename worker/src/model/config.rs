@@ -1,6 +1,7 @@
 //! The shape of a model, checked once: everything downstream may divide by these numbers.
 //!
-//! Built by `checkpoint` from a file's metadata. What Evener does not know is refused there, never guessed.
+//! Built by `checkpoint` from a file's metadata. What Evener does not know is refused there, never
+//! guessed.
 
 /// Activations are quantised in blocks of this many columns; every split falls on a multiple of it.
 pub const BLOCK: usize = 32;

@@ -1,4 +1,5 @@
-//! The model is data: a configuration and a split become a flat list of ops. No I/O, no tensors, no threads.
+//! The model is data: a configuration and a split become a flat list of ops. No I/O, no tensors, no
+//! threads.
 
 pub mod config;
 pub mod families;

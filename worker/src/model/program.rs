@@ -1,7 +1,8 @@
 //! A rank's program: the flat list of ops that one step runs, over buffers allocated once.
 //!
-//! A family's file builds it from (config, split, rank); backends walk it. It holds no weights and no
-//! numbers of a step: weights are named slices of the checkpoint, steps come as `backend::Batch`.
+//! A family's file builds it from (config, split, rank); backends walk it. It holds no weights and
+//! no numbers of a step: weights are named slices of the checkpoint, steps come as
+//! `backend::Batch`.
 
 use std::ops::Range;
 

@@ -1,7 +1,7 @@
 //! Shares to ranges: which heads, FFN columns and vocabulary rows each rank holds. Pure arithmetic.
 //!
-//! Any world size, any shares. Cuts fall on leaves of the model's fixed summation trees, so that the
-//! split never changes a bit (the trees belong to the model, not to the world size).
+//! Any world size, any shares. Cuts fall on leaves of the model's fixed summation trees, so that
+//! the split never changes a bit (the trees belong to the model, not to the world size).
 
 use std::ops::Range;
 

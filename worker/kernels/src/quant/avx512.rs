@@ -1,4 +1,5 @@
-//! The dot product of a run with `vpdpbusd`: unsigned weights, signed activations, 16 rows in the lanes.
+//! The dot product of a run with `vpdpbusd`: unsigned weights, signed activations, 16 rows in the
+//! lanes.
 
 use std::arch::x86_64::*;
 
@@ -10,8 +11,8 @@ use crate::matrix::TILE_ROWS;
 /// Bytes that a lone row of activations fetches ahead.
 const AHEAD: usize = 2048;
 
-/// [`super::portable::run`] to the bit. One activation term is summed in two chains, two terms in one
-/// chain each.
+/// [`super::portable::run`] to the bit. One activation term is summed in two chains, two terms in
+/// one chain each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
 pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(

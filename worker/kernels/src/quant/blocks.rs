@@ -1,8 +1,8 @@
-//! What quantised formats have in common: weights `scale * (u - ZERO) + min`, u unsigned, with one scale
-//! and one min for each run of 32 columns of a row.
+//! What quantised formats have in common: weights `scale * (u - ZERO) + min`, u unsigned, with one
+//! scale and one min for each run of 32 columns of a row.
 //!
-//! A format's file says how its blocks come apart into runs; packing, reading back and the dot products
-//! are written once, in `tiles.rs`, `portable.rs` and `avx512.rs`.
+//! A format's file says how its blocks come apart into runs; packing, reading back and the dot
+//! products are written once, in `tiles.rs`, `portable.rs` and `avx512.rs`.
 
 use super::Format;
 

@@ -1,15 +1,10 @@
-//! f32 weights, `[tile, column, 16 rows]`, multiplied with f32 activations: every format that has no
-//! kernel of its own yet comes here dequantised. Exact, and 32 bits a weight.
+//! f32 weights, `[tile, column, 16 rows]`, multiplied with f32 activations: every format that has
+//! no kernel of its own yet comes here dequantised. Exact, and 32 bits a weight.
 
 use crate::linear::Rows;
 use crate::matrix::{Source, TILE_ROWS};
 
-pub(crate) fn pack(
-    rows: usize,
-    columns: usize,
-    source: &dyn Source,
-    on_row_tile: &mut dyn FnMut(usize),
-) -> Vec<f32> {
+pub(crate) fn pack(rows: usize, columns: usize, source: &dyn Source) -> Vec<f32> {
     let mut weights = vec![0f32; rows.div_ceil(TILE_ROWS) * columns * TILE_ROWS];
     let mut values = vec![0f32; columns];
     for row in 0..rows {
@@ -17,9 +12,6 @@ pub(crate) fn pack(
         source.row_f32(row, &mut values);
         for (k, &value) in values.iter().enumerate() {
             weights[(tile * columns + k) * TILE_ROWS + lane] = value;
-        }
-        if lane + 1 == TILE_ROWS {
-            on_row_tile(row + 1);
         }
     }
     weights

@@ -123,7 +123,8 @@ pub(crate) use q5_1::Q5_1;
 pub(crate) use q5_k::Q5K;
 pub(crate) use q8_0::Q8_0;
 
-/// Runs one body for the [`blocks::Blocks`] of a format, or another for formats that are held as f32.
+/// Runs one body for the [`blocks::Blocks`] of a format, or another for formats that are held as
+/// f32.
 macro_rules! with_blocks {
     ($format:expr, $B:ident => $body:expr, _ => $other:expr) => {
         match $format {

@@ -1,5 +1,5 @@
-//! The dot product of a run in plain Rust: the reference of the fast kernels, and the kernel of machines
-//! that have none.
+//! The dot product of a run in plain Rust: the reference of the fast kernels, and the kernel of
+//! machines that have none.
 
 use super::blocks::{Blocks, RUN, Scales};
 use crate::linear::{Rows, TileWeights, integer};

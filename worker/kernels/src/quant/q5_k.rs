@@ -1,5 +1,5 @@
-//! Q5_K: as Q4_K with a fifth bit of each weight. In a file: f16 d, f16 dmin, 12 bytes of packed sc and
-//! mc, 32 bytes whose i-th bits are the fifth bits of run i, 128 bytes of nibbles as in Q4_K.
+//! Q5_K: as Q4_K with a fifth bit of each weight. In a file: f16 d, f16 dmin, 12 bytes of packed sc
+//! and mc, 32 bytes whose i-th bits are the fifth bits of run i, 128 bytes of nibbles as in Q4_K.
 
 use super::Format;
 use super::blocks::{Blocks, Run, Scales, half_at};

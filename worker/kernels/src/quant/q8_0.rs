@@ -1,5 +1,5 @@
-//! Q8_0: `w = d * q`, q signed. In a file: f16 d, 32 bytes. Held as `u = q + 128`, since the dot product
-//! instruction multiplies unsigned with signed bytes.
+//! Q8_0: `w = d * q`, q signed. In a file: f16 d, 32 bytes. Held as `u = q + 128`, since the dot
+//! product instruction multiplies unsigned with signed bytes.
 
 use super::Format;
 use super::blocks::{Blocks, Run, Scales, half_at};

@@ -1,8 +1,9 @@
 //! Tiles of quantised weights: 16 rows side by side, at their true bit width.
 //!
-//! A run of 32 columns of 16 rows is eight vectors of 64 bytes; byte `lane * 4 + i` of vector `2 * j + half` is
-//! column `16 * half + 4 * j + i` of row `lane`: what `vpdpbusd` wants. 4- and 5-bit formats keep the vectors of a j as
-//! one: half 0 low, half 1 high; fifth bits are a mask of 64 for each vector.
+//! A run of 32 columns of 16 rows is eight vectors of 64 bytes; byte `lane * 4 + i` of vector `2 *
+//! j + half` is column `16 * half + 4 * j + i` of row `lane`: what `vpdpbusd` wants. 4- and 5-bit
+//! formats keep the vectors of a j as one: half 0 low, half 1 high; fifth bits are a mask of 64 for
+//! each vector.
 
 use half::f16;
 
@@ -44,12 +45,7 @@ pub(crate) const fn quant_bytes(bits: usize) -> usize {
 }
 
 impl Tiles {
-    pub(crate) fn pack<B: Blocks>(
-        rows: usize,
-        columns: usize,
-        source: &dyn Source,
-        on_row_tile: &mut dyn FnMut(usize),
-    ) -> Self {
+    pub(crate) fn pack<B: Blocks>(rows: usize, columns: usize, source: &dyn Source) -> Self {
         let runs_per_block = B::FORMAT.block_len() / RUN;
         let mut tiles = Self::empty::<B>(rows, columns, source.first_column() / RUN);
         for row in 0..rows {
@@ -59,9 +55,6 @@ impl Tiles {
                 let bytes = B::FORMAT.block_bytes();
                 let block = &blocks[at / runs_per_block * bytes..][..bytes];
                 tiles.put::<B>(row, b, &B::run(block, at % runs_per_block));
-            }
-            if row % TILE_ROWS + 1 == TILE_ROWS {
-                on_row_tile(row + 1);
             }
         }
         tiles

@@ -1,7 +1,8 @@
 //! The CPU backend: a rank's weights in kernel form, and the walk over its program.
 //!
-//! Kernels, SIMD and threads are `evener-kernels`; this file only holds memory and says which kernel
-//! an op means. Every result has the same bits whatever the batch, the threads and the split.
+//! Kernels, SIMD and threads are `evener-kernels`; this file only holds memory and says which
+//! kernel an op means. Every result has the same bits whatever the batch, the threads and the
+//! split.
 
 mod weights;
 
@@ -25,8 +26,9 @@ pub use weights::load;
 
 const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
 
-/// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses another token than
-/// exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16 both vanish, for twice the multiplications.
+/// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses
+/// another token than exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16
+/// both vanish, for twice the multiplications.
 const PRECISION: Precision = Precision::Int16;
 
 /// A rank's packed weights.

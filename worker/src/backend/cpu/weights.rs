@@ -42,8 +42,8 @@ impl Weights {
     }
 }
 
-/// Reads and packs a rank's weights. `progress(done, total)` counts bytes of the file; it may stop the
-/// loading.
+/// Reads and packs a rank's weights. `progress(done, total)` counts bytes of the file; it may stop
+/// the loading.
 ///
 /// # Errors
 /// A tensor that is missing, misshapen or not finite, or a stop asked for.
@@ -75,7 +75,7 @@ pub fn load(
                 index.push(vectors.len() - 1);
             }
             Role::Table | Role::Matrix => {
-                matrices.push(Matrix::pack(slice.rows, slice.columns, slice, &mut |_| ()));
+                matrices.push(Matrix::pack(slice.rows, slice.columns, slice));
                 index.push(matrices.len() - 1);
             }
         }
