@@ -1,215 +1,322 @@
-//! Activations as integers: blocks of 32 columns, each with its scale and its sum. A row's blocks
-//! depend on that row alone.
+//! Activations as integers: runs of 32 columns, each with its sum, and a scale for one or several
+//! runs. A row's integers depend on that row and on the op's leaves alone.
 //!
-//! 8 bits are the scheme of ggml's Q8_1 with f32 scales: `d = max|x| / 127`, `q = round(x / d)`. 16 bits
-//! are two int8 terms, `q = 256 * high + low`, for the same instructions twice; weights are read
-//! once.
+//! 8 bits are the scheme of ggml's Q8_1: a scale for each run, `q = round(x / d)`. 12 bits are two
+//! int8 terms, `q = 16 * high + low`, with a scale for up to eight runs of a leaf.
 
 use crate::isa::{Isa, dispatch};
+use crate::pool::{Pool, Shards, part};
 
-/// Columns of a block.
+/// Columns of a run.
 pub const BLOCK: usize = 32;
 
+/// Rows that stand side by side in memory.
+pub(crate) const GROUP: usize = 16;
+
+/// Numbers below which quantising is left to one thread.
+const SMALL: usize = 16 * 1024;
+
 /// Bits of a quantised activation. 8 round as most CPU engines do and move a small model's choice
-/// at some 4 % of positions; 16 are as good as f32.
+/// at some 4 % of positions; 12 are as good as f32 to within a few in a thousand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     Int8,
-    Int16,
+    Int12,
 }
 
 impl Precision {
     /// int8 terms of one activation.
-    pub(crate) fn terms(self) -> usize {
+    pub(crate) const fn terms(self) -> usize {
         match self {
             Self::Int8 => 1,
-            Self::Int16 => 2,
+            Self::Int12 => 2,
         }
     }
 
-    /// Largest integer: the low term of 16 bits reaches from -128 to 127, so the high one stays
-    /// within int8.
+    /// Runs that may share a scale.
+    pub(crate) const fn scale_runs(self) -> usize {
+        match self {
+            Self::Int8 => 1,
+            Self::Int12 => 8,
+        }
+    }
+
+    /// Largest integer: the low term of 12 bits reaches from -8 to 7.
     fn limit(self) -> f32 {
         match self {
             Self::Int8 => 127.0,
-            Self::Int16 => 127.0 * 256.0,
+            Self::Int12 => 127.0 * 16.0,
         }
     }
 }
 
-/// Quantised rows; memory for the largest step is allocated once.
+/// Quantised rows in groups of 16; memory for the largest step is allocated once.
 #[derive(Debug)]
 pub struct Activation {
     pub(crate) precision: Precision,
-    /// `[rows, columns / 32, terms, 32]`, the high term first
-    pub(crate) q: Vec<i8>,
-    /// Scale of each block. `[rows, columns / 32]`
-    pub(crate) d: Vec<f32>,
-    /// `d` times the sum of the block's integers. `[rows, columns / 32]`
-    pub(crate) s: Vec<f32>,
-    /// Sum of the block's integers. `[rows, columns / 32]`
+    /// `[group, run, 16 rows, terms, 32]`, the high term first
+    pub(crate) q: Vec<Line>,
+    /// Sums of a run's integers. `[group, run, 16 rows]`
+    pub(crate) sum: Vec<f32>,
+    /// The same, and those of its first 16 columns alone. `[group, run, 2, 16 rows]`
     pub(crate) isum: Vec<i32>,
-    pub(crate) columns: usize,
-    pub(crate) rows: usize,
+    /// Scales. `[group, scale, 16 rows]`
+    pub(crate) d: Vec<f32>,
+    pub(crate) shape: Shape,
 }
 
-/// One row of an [`Activation`] to be written.
-pub struct RowMut<'a> {
-    precision: Precision,
-    q: &'a mut [i8],
-    d: &'a mut [f32],
-    s: &'a mut [f32],
-    isum: &'a mut [i32],
+/// 64 integers on a cache line of their own.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line([i8; 64]);
+
+/// How many runs and scales a row has.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Shape {
+    pub(crate) rows: usize,
+    pub(crate) n_runs: usize,
+    pub(crate) leaf_runs: usize,
+    pub(crate) n_scales: usize,
+    scale_runs: usize,
+}
+
+impl Shape {
+    fn new(rows: usize, columns: usize, leaf_columns: usize, precision: Precision) -> Self {
+        assert!(leaf_columns.is_multiple_of(BLOCK), "leaves of {leaf_columns} are not whole runs");
+        assert!(columns.is_multiple_of(leaf_columns.max(1)), "{columns} columns of whole leaves");
+        let (n_runs, leaf_runs) = (columns / BLOCK, leaf_columns / BLOCK);
+        let scale_runs = precision.scale_runs();
+        let n_scales = leaf_runs.div_ceil(scale_runs) * (columns / leaf_columns.max(1));
+        Self { rows, n_runs, leaf_runs, n_scales, scale_runs }
+    }
+
+    /// The runs of a scale.
+    fn runs_of(&self, scale: usize) -> std::ops::Range<usize> {
+        let per_leaf = self.leaf_runs.div_ceil(self.scale_runs);
+        let (leaf, i) = (scale / per_leaf, scale % per_leaf);
+        let first = leaf * self.leaf_runs + i * self.scale_runs;
+        first..(first + self.scale_runs).min((leaf + 1) * self.leaf_runs)
+    }
 }
 
 impl Activation {
-    /// Memory for `capacity` numbers (rows times columns, of the largest step).
+    /// Memory for steps of up to `rows` rows of up to `columns` columns.
     #[must_use]
-    pub fn with_capacity(capacity: usize, precision: Precision) -> Self {
-        let n_blocks = capacity.div_ceil(BLOCK);
+    pub fn with_capacity(rows: usize, columns: usize, precision: Precision) -> Self {
+        let runs = rows.next_multiple_of(GROUP) * columns.div_ceil(BLOCK);
         Self {
             precision,
-            q: vec![0; n_blocks * BLOCK * precision.terms()],
-            d: vec![0.0; n_blocks],
-            s: vec![0.0; n_blocks],
-            isum: vec![0; n_blocks],
-            columns: 0,
-            rows: 0,
+            q: vec![Line([0; 64]); runs * BLOCK * precision.terms() / 64],
+            sum: vec![0.0; runs],
+            isum: vec![0; 2 * runs],
+            d: vec![0.0; runs],
+            shape: Shape::default(),
         }
     }
 
-    /// Sets the shape of what follows.
+    /// Quantises `input` (`[rows, columns]`, row-major), whose columns are summed by leaves.
     ///
     /// # Panics
-    /// If the shape needs more than the capacity, or `columns` is not a multiple of 32.
-    pub fn reshape(&mut self, rows: usize, columns: usize) {
-        assert!(columns.is_multiple_of(BLOCK), "{columns} columns are not whole blocks");
-        assert!(rows * columns <= self.d.len() * BLOCK, "{rows} x {columns} exceeds the capacity");
-        self.rows = rows;
-        self.columns = columns;
-    }
-
-    /// The rows `range`, to be written by one thread each.
-    pub fn rows_mut(&mut self) -> impl Iterator<Item = RowMut<'_>> {
-        let (n_blocks, precision) = (self.columns / BLOCK, self.precision);
-        let width = self.columns * precision.terms();
-        let (n, b) = (self.rows * width, self.rows * n_blocks);
-        self.q[..n]
-            .chunks_mut(width.max(1))
-            .zip(self.d[..b].chunks_mut(n_blocks.max(1)))
-            .zip(self.s[..b].chunks_mut(n_blocks.max(1)))
-            .zip(self.isum[..b].chunks_mut(n_blocks.max(1)))
-            .map(move |(((q, d), s), isum)| RowMut { precision, q, d, s, isum })
-    }
-
-    /// Quantises `input` (`[rows, columns]`, row-major).
-    pub fn quantise(&mut self, isa: Isa, input: &[f32], rows: usize, columns: usize) {
-        self.reshape(rows, columns);
-        for (row, x) in self.rows_mut().zip(input.chunks(columns.max(1))) {
-            quantise_row(isa, x, row);
+    /// If the shape needs more than the capacity, or leaves are not whole runs of 32.
+    pub fn quantise(
+        &mut self,
+        pool: &mut Pool,
+        isa: Isa,
+        input: &[f32],
+        rows: usize,
+        columns: usize,
+        leaf_columns: usize,
+    ) {
+        let shape = Shape::new(rows, columns, leaf_columns, self.precision);
+        let n_runs = rows.next_multiple_of(GROUP) * shape.n_runs;
+        assert!(n_runs <= self.sum.len(), "{rows} x {columns} exceeds the capacity");
+        assert_eq!(input.len(), rows * columns, "input of {rows} x {columns}");
+        self.shape = shape;
+        let precision = self.precision;
+        let len = self.q.len() * 64;
+        let q =
+            // SAFETY: a `Line` is 64 plain bytes, and the borrow of `self` is unique.
+            unsafe { std::slice::from_raw_parts_mut(self.q.as_mut_ptr().cast::<i8>(), len) };
+        let target = Target {
+            precision,
+            shape,
+            q: Shards::new(q),
+            sum: Shards::new(&mut self.sum),
+            isum: Shards::new(&mut self.isum),
+            d: Shards::new(&mut self.d),
+        };
+        let target = &target;
+        if input.len() < SMALL {
+            return quantise_scales(isa, input, target, 0..shape.n_scales);
         }
+        let n_threads = pool.n_threads();
+        pool.run(&|thread| {
+            quantise_scales(isa, input, target, part(shape.n_scales, thread, n_threads));
+        });
+    }
+
+    pub(crate) fn q(&self) -> &[i8] {
+        // SAFETY: a `Line` is 64 plain bytes.
+        unsafe { std::slice::from_raw_parts(self.q.as_ptr().cast::<i8>(), self.q.len() * 64) }
     }
 }
 
-/// Quantises one row.
-pub fn quantise_row(isa: Isa, x: &[f32], row: RowMut<'_>) {
-    dispatch!(isa, fn(x: &[f32], row: RowMut<'_>) => quantise_row_generic(x, row));
+/// Where integers go; threads write different scales.
+struct Target<'a> {
+    precision: Precision,
+    shape: Shape,
+    q: Shards<'a, i8>,
+    sum: Shards<'a, f32>,
+    isum: Shards<'a, i32>,
+    d: Shards<'a, f32>,
+}
+
+fn quantise_scales(isa: Isa, x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) {
+    dispatch!(isa, fn(x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) =>
+        match to.precision {
+            Precision::Int8 => quantise_generic::<1>(x, to, scales),
+            Precision::Int12 => quantise_generic::<2>(x, to, scales),
+        });
 }
 
 #[inline(always)]
-fn quantise_row_generic(x: &[f32], row: RowMut<'_>) {
-    let (terms, limit) = (row.precision.terms(), row.precision.limit());
-    for (b, x) in x.chunks_exact(BLOCK).enumerate() {
-        let q = &mut row.q[b * BLOCK * terms..(b + 1) * BLOCK * terms];
-        let mut max = 0f32;
-        // 0, or NaN if any value is NaN or infinite: it must reach the logits, where it is caught.
-        let mut poison = 0f32;
-        for &value in x {
-            max = if value.abs() > max { value.abs() } else { max };
-            poison += value * 0.0;
-        }
-        let d = max / limit + poison;
-        let inverse = if max > 0.0 { 1.0 / d } else { 0.0 };
-        let mut integers = [0i32; BLOCK];
-        let mut sum = 0i32;
-        for (integer, &value) in integers.iter_mut().zip(x) {
-            // Ties go to even; 12582912 = 1.5 * 2^23 makes the mantissa the integer.
-            let rounded = value * inverse + 12_582_912.0;
-            *integer = (rounded.to_bits() as i32).wrapping_sub(0x4b40_0000);
-            sum = sum.wrapping_add(*integer);
-        }
-        match row.precision {
-            Precision::Int8 => {
-                for (q, integer) in q.iter_mut().zip(integers) {
-                    *q = integer as i8;
-                }
-            }
-            Precision::Int16 => {
-                let (high, low) = q.split_at_mut(BLOCK);
-                for (k, &integer) in integers.iter().enumerate() {
-                    high[k] = (integer.wrapping_add(128) >> 8) as i8;
-                    low[k] = integer as i8;
-                }
+fn quantise_generic<const TERMS: usize>(
+    x: &[f32],
+    to: &Target<'_>,
+    scales: std::ops::Range<usize>,
+) {
+    let shape = to.shape;
+    let columns = shape.n_runs * BLOCK;
+    for row in 0..shape.rows {
+        let (group, lane) = (row / GROUP, row % GROUP);
+        for scale in scales.clone() {
+            let runs = shape.runs_of(scale);
+            let x = &x[row * columns..][runs.start * BLOCK..runs.end * BLOCK];
+            let (d, inverse) = scale_of(x, to.precision.limit());
+            let at = (group * shape.n_scales + scale) * GROUP + lane;
+            // SAFETY: every thread has scales of its own, and with them runs of its own.
+            unsafe { to.d.set(at, d) };
+            for (run, x) in runs.zip(x.chunks_exact(BLOCK)) {
+                let at = (group * shape.n_runs + run) * GROUP + lane;
+                let q = at * BLOCK * TERMS..(at + 1) * BLOCK * TERMS;
+                // SAFETY: as above.
+                let (first, all) = quantise_run::<TERMS>(x, inverse, unsafe { to.q.range(q) });
+                // SAFETY: as above.
+                unsafe { to.sum.set(at, all as f32) };
+                let at = (group * shape.n_runs + run) * 2 * GROUP + lane;
+                // SAFETY: as above.
+                unsafe { to.isum.set(at, all) };
+                // SAFETY: as above.
+                unsafe { to.isum.set(at + GROUP, first) };
             }
         }
-        row.d[b] = d;
-        row.s[b] = d * sum as f32;
-        row.isum[b] = sum;
     }
 }
 
+/// Scale and its inverse. A scale is NaN if any value is NaN or infinite: it must reach the logits,
+/// where it is caught.
+#[inline(always)]
+fn scale_of(x: &[f32], limit: f32) -> (f32, f32) {
+    let (mut max, mut poison) = ([0f32; 16], [0f32; 16]);
+    for x in x.chunks_exact(16) {
+        for i in 0..16 {
+            max[i] = if x[i].abs() > max[i] { x[i].abs() } else { max[i] };
+            poison[i] += x[i] * 0.0;
+        }
+    }
+    let max = max.iter().fold(0f32, |a, &b| if b > a { b } else { a });
+    let d = max / limit + poison.iter().sum::<f32>();
+    (d, if max > 0.0 { 1.0 / d } else { 0.0 })
+}
+
+/// Rounds a run; returns the sums of its first 16 integers and of all.
+#[inline(always)]
+fn quantise_run<const TERMS: usize>(x: &[f32], inverse: f32, q: &mut [i8]) -> (i32, i32) {
+    let mut integers = [0i32; BLOCK];
+    for (integer, &value) in integers.iter_mut().zip(x) {
+        // Ties go to even; 12582912 = 1.5 * 2^23 makes the mantissa the integer.
+        let rounded = value * inverse + 12_582_912.0;
+        *integer = (rounded.to_bits() as i32).wrapping_sub(0x4b40_0000);
+    }
+    if TERMS == 1 {
+        for (q, integer) in q.iter_mut().zip(integers) {
+            *q = integer as i8;
+        }
+    } else {
+        let (high, low) = q.split_at_mut(BLOCK);
+        for (k, &integer) in integers.iter().enumerate() {
+            let top = integer.wrapping_add(8) >> 4;
+            high[k] = top as i8;
+            low[k] = integer.wrapping_sub(top << 4) as i8;
+        }
+    }
+    let sum = |integers: &[i32]| integers.iter().fold(0i32, |a, &b| a.wrapping_add(b));
+    let first = sum(&integers[..BLOCK / 2]);
+    (first, first.wrapping_add(sum(&integers[BLOCK / 2..])))
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
-    const PRECISIONS: [Precision; 2] = [Precision::Int8, Precision::Int16];
+    const PRECISIONS: [Precision; 2] = [Precision::Int8, Precision::Int12];
+    const ROWS: usize = 18;
+    /// Two leaves of ten runs: scales of eight runs and of two.
+    const COLUMNS: usize = 640;
 
     fn rows() -> Vec<f32> {
         let mut x: Vec<f32> =
-            (0..4 * 64).map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 37.0).collect();
-        x[..32].fill(0.0);
-        x[40] = -1e30;
+            (0..ROWS * COLUMNS).map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 37.0).collect();
+        x[..256].fill(0.0);
+        x[300] = -1e30;
         x
     }
 
-    fn quantised(isa: Isa, precision: Precision, x: &[f32]) -> Activation {
-        let mut activation = Activation::with_capacity(x.len(), precision);
-        activation.quantise(isa, x, 4, 64);
+    fn quantised(isa: Isa, n_threads: usize, precision: Precision, x: &[f32]) -> Activation {
+        let mut activation = Activation::with_capacity(ROWS, COLUMNS, precision);
+        let mut pool = Pool::new(n_threads, false);
+        activation.quantise(&mut pool, isa, x, ROWS, COLUMNS, COLUMNS / 2);
         activation
     }
 
     #[test]
-    fn quantised_blocks_are_within_half_a_step() {
+    fn quantised_runs_are_within_half_a_step() {
         let x = rows();
         for precision in PRECISIONS {
-            let a = quantised(Isa::detect(), precision, &x);
+            let a = quantised(Isa::detect(), 1, precision, &x);
             let terms = precision.terms();
-            for (b, x) in x.chunks(BLOCK).enumerate() {
-                let q = &a.q[b * BLOCK * terms..][..BLOCK * terms];
-                let integer = |k: usize| match precision {
-                    Precision::Int8 => i32::from(q[k]),
-                    Precision::Int16 => 256 * i32::from(q[k]) + i32::from(q[BLOCK + k]),
-                };
-                for (k, &value) in x.iter().enumerate() {
-                    let back = a.d[b] * integer(k) as f32;
-                    let bound = 0.5001 * a.d[b] + 1e-6 * value.abs();
-                    assert!((back - value).abs() <= bound, "{precision:?}: {value} became {back}");
+            for (row, x) in x.chunks(COLUMNS).enumerate() {
+                for scale in 0..a.shape.n_scales {
+                    let d = a.d[(row / GROUP * a.shape.n_scales + scale) * GROUP + row % GROUP];
+                    for run in a.shape.runs_of(scale) {
+                        let at = (row / GROUP * a.shape.n_runs + run) * GROUP + row % GROUP;
+                        let q = &a.q()[at * BLOCK * terms..][..BLOCK * terms];
+                        let integer = |k: usize| crate::linear::integer(terms, q, k);
+                        for (k, &value) in x[run * BLOCK..][..BLOCK].iter().enumerate() {
+                            let back = d * integer(k) as f32;
+                            let bound = 0.5001 * d + 1e-6 * value.abs();
+                            assert!((back - value).abs() <= bound, "{precision:?} {value} {back}");
+                        }
+                        let sum = (0..BLOCK).map(integer).sum::<i32>();
+                        assert_eq!(a.sum[at], sum as f32);
+                    }
                 }
-                assert_eq!(a.isum[b], (0..BLOCK).map(integer).sum::<i32>());
             }
         }
     }
 
     #[test]
-    fn all_instruction_sets_quantise_to_the_same_bits() {
+    fn all_instruction_sets_and_threads_quantise_to_the_same_bits() {
         let x = rows();
         for precision in PRECISIONS {
-            let first = quantised(Isa::Portable, precision, &x);
+            let first = quantised(Isa::Portable, 1, precision, &x);
             for isa in Isa::available() {
-                let other = quantised(isa, precision, &x);
-                assert_eq!(first.q, other.q, "{isa:?}");
+                let other = quantised(isa, 3, precision, &x);
+                assert_eq!(first.q(), other.q(), "{isa:?}");
                 assert_eq!(first.d, other.d, "{isa:?}");
-                assert_eq!(first.s, other.s, "{isa:?}");
+                assert_eq!(first.sum, other.sum, "{isa:?}");
+                assert_eq!(first.isum, other.isum, "{isa:?}");
             }
         }
     }

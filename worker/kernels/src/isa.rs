@@ -4,6 +4,9 @@
 /// [`Isa::available`] make those that not every machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// As [`Isa::Avx512Vnni`], with AMX's int8 and bf16 tiles.
+    #[non_exhaustive]
+    Avx512Amx,
     /// AVX-512 F, BW, VL, DQ and VNNI.
     #[non_exhaustive]
     Avx512Vnni,
@@ -29,7 +32,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vnni");
             if avx2 && avx512 {
-                return Self::Avx512Vnni;
+                return if tiles_allowed() { Self::Avx512Amx } else { Self::Avx512Vnni };
             }
             if avx2 {
                 return Self::Avx2;
@@ -42,6 +45,7 @@ impl Isa {
     #[must_use]
     pub fn available() -> Vec<Self> {
         match Self::detect() {
+            Self::Avx512Amx => vec![Self::Avx512Amx, Self::Avx512Vnni, Self::Avx2, Self::Portable],
             Self::Avx512Vnni => vec![Self::Avx512Vnni, Self::Avx2, Self::Portable],
             Self::Avx2 => vec![Self::Avx2, Self::Portable],
             Self::Portable => vec![Self::Portable],
@@ -51,11 +55,39 @@ impl Isa {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Avx512Amx => "avx512-amx",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
         }
     }
+}
+
+/// Whether the CPU has AMX tiles and the system lets this process use them; asking is enough to get
+/// the leave for all of its threads.
+#[cfg(target_arch = "x86_64")]
+fn tiles_allowed() -> bool {
+    static ALLOWED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        // Leaf 7 of cpuid: EDX bits 22 (amx-bf16), 24 (amx-tile) and 25 (amx-int8).
+        const NEEDED: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+        let has = std::arch::x86_64::__cpuid_count(7, 0).edx & NEEDED == NEEDED;
+        has && request_tiles()
+    })
+}
+
+/// Linux gives the 8 KB of tile state to those who ask.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn request_tiles() -> bool {
+    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+    const XFEATURE_XTILEDATA: i64 = 18;
+    // SAFETY: this call takes two integers and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn request_tiles() -> bool {
+    false
 }
 
 /// Compiles one body of `#[inline(always)]` code for every instruction set and calls the right one;
@@ -73,11 +105,13 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Isa` values other than Portable come from `Isa::detect` or
             // `Isa::available`, which checked the CPU's features.
-            $crate::isa::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+            $crate::isa::Isa::Avx512Amx | $crate::isa::Isa::Avx512Vnni => unsafe {
+                avx512 $(::<$n>)? ($($arg),*)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
-            _ => portable($($arg),*),
+            $crate::isa::Isa::Avx2 => unsafe { avx2 $(::<$n>)? ($($arg),*) },
+            _ => portable $(::<$n>)? ($($arg),*),
         }
     }};
 }

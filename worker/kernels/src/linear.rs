@@ -1,23 +1,37 @@
 //! `out = x * w^T` over packed tiles: whole rows, or leaf by leaf for a split sum.
 //!
-//! One kernel family for 1 to 8 rows of activations at a time. The order of float operations of an
-//! output element: blocks of 32 columns in order within a leaf, leaves by the given merges. It does
-//! not depend on how many rows, tiles or threads there are.
+//! One kernel family for any number of rows of activations. The order of float operations of an
+//! output element: runs of 32 columns in order within a scale, scales in order within a leaf,
+//! leaves by the given merges. It does not depend on how many rows, tiles or threads there are.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::activation::{Activation, BLOCK, Precision, quantise_row};
+use crate::activation::{Activation, BLOCK, GROUP, Precision};
 use crate::isa::{Isa, dispatch};
 use crate::matrix::{Matrix, TILE_ROWS, Weights};
 use crate::pool::{Pool, Shards, part};
 use crate::quant::blocks::Blocks;
 use crate::quant::{f32_tile, portable, with_blocks};
 
-/// Most rows of activations that one pass over a tile serves.
+#[cfg(target_arch = "x86_64")]
+use crate::quant::amx;
+
+/// Most rows of activations that one pass of vectors over a tile serves.
 const MAX_ROWS: usize = 8;
 
 /// Deepest stack of leaf sums: trees of up to 2^15 leaves, nested once.
-const MAX_DEPTH: usize = 32;
+pub(crate) const MAX_DEPTH: usize = 32;
+
+/// Most weights of a fused group.
+const MAX_PROJECTIONS: usize = 8;
+
+/// Bytes of activations that stay in a core's own cache while tiles pass by.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Pieces of work a thread takes, at least: a slow core leaves more of them to the others.
+const PIECES_PER_THREAD: usize = 8;
 
 /// How the columns of a matrix are summed.
 #[derive(Debug, Clone, Copy)]
@@ -57,13 +71,18 @@ pub(crate) struct TileWeights<'a> {
     pub(crate) first_run: usize,
 }
 
-/// M rows of activations, in both forms.
-pub(crate) struct Rows<'a, const M: usize> {
-    pub(crate) q: [&'a [i8]; M],
-    pub(crate) d: [&'a [f32]; M],
-    pub(crate) s: [&'a [f32]; M],
-    pub(crate) isum: [&'a [i32]; M],
-    pub(crate) f32: [&'a [f32]; M],
+/// A group of 16 rows of activations, in both forms; shapes as in [`Activation`].
+#[derive(Clone, Copy)]
+pub(crate) struct Group<'a> {
+    pub(crate) q: &'a [i8],
+    pub(crate) sum: &'a [f32],
+    pub(crate) isum: &'a [i32],
+    pub(crate) d: &'a [f32],
+    /// `[rows of the step, columns]`
+    pub(crate) x: &'a [f32],
+    /// Row of the step at which the group begins.
+    pub(crate) first: usize,
+    pub(crate) columns: usize,
 }
 
 /// Multiplies one input with several weights of the same width.
@@ -104,29 +123,58 @@ fn run(
         return;
     }
     if projections.iter().any(|p| p.weight.is_quantised()) {
-        quantise(pool, isa, x, rows, columns, scratch);
+        scratch.quantise(pool, isa, x, rows, columns, sum.leaf_columns);
     }
-    let mut jobs: Vec<Job<'_>> = Vec::with_capacity(projections.len());
-    for projection in projections {
+    let mut jobs = [const { None }; MAX_PROJECTIONS];
+    let mut n_tiles = 0;
+    assert!(projections.len() <= MAX_PROJECTIONS, "a fused group of {}", projections.len());
+    for (job, projection) in jobs.iter_mut().zip(projections) {
         let weight = projection.weight;
         assert_eq!(weight.columns, columns, "weight's width");
         assert_eq!(projection.out.len(), sum.part_leaves.len() * rows * weight.rows, "output");
-        jobs.push(Job { weight, out: Shards::new(projection.out) });
+        *job = Some(Job { weight, out: Shards::new(projection.out) });
+        n_tiles += weight.n_tiles();
     }
-    let n_tiles: usize = jobs.iter().map(|job| job.weight.n_tiles()).sum();
-    let n_threads = pool.n_threads();
-    let scratch = &*scratch;
-    pool.run(&|thread| {
-        let mine = part(n_tiles, thread, n_threads);
-        let mut first = 0;
-        for job in &jobs {
-            let end = first + job.weight.n_tiles();
-            for tile in mine.start.max(first)..mine.end.min(end) {
-                job.tile(isa, tile - first, x, rows, scratch, sum);
+    let step = Step { isa, x, rows, scratch, sum };
+    let pieces = Pieces::new(n_tiles, rows, step.chunk_rows(columns), pool.n_threads());
+    let next = AtomicUsize::new(0);
+    pool.run(&|_| {
+        while let Some((tiles, rows)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut first = 0;
+            for job in jobs.iter().flatten() {
+                let end = first + job.weight.n_tiles();
+                for tile in tiles.start.max(first)..tiles.end.min(end) {
+                    job.tile(&step, tile - first, rows.clone());
+                }
+                first = end;
             }
-            first = end;
         }
     });
+}
+
+/// The work of a step: chunks of rows, each over all tiles, some tiles at a time.
+struct Pieces {
+    n_tiles: usize,
+    rows: usize,
+    chunk_rows: usize,
+    per_chunk: usize,
+}
+
+impl Pieces {
+    fn new(n_tiles: usize, rows: usize, chunk_rows: usize, n_threads: usize) -> Self {
+        let per_chunk = if n_threads == 1 { 1 } else { n_threads * PIECES_PER_THREAD };
+        Self { n_tiles, rows, chunk_rows, per_chunk: per_chunk.min(n_tiles) }
+    }
+
+    /// Tiles and rows of the i-th piece.
+    fn get(&self, i: usize) -> Option<(Range<usize>, Range<usize>)> {
+        let (chunk, i) = (i / self.per_chunk, i % self.per_chunk);
+        let first = chunk * self.chunk_rows;
+        (first < self.rows).then(|| {
+            let rows = first..(first + self.chunk_rows).min(self.rows);
+            (part(self.n_tiles, i, self.per_chunk), rows)
+        })
+    }
 }
 
 fn check_sum(sum: &Sum<'_>, columns: usize) {
@@ -147,153 +195,167 @@ fn check_sum(sum: &Sum<'_>, columns: usize) {
     }
 }
 
-fn quantise(
-    pool: &mut Pool,
-    isa: Isa,
-    x: &[f32],
-    rows: usize,
-    columns: usize,
-    scratch: &mut Activation,
-) {
-    let n_threads = pool.n_threads();
-    if rows < 2 * n_threads {
-        scratch.quantise(isa, x, rows, columns);
-        return;
-    }
-    scratch.reshape(rows, columns);
-    let mut targets: Vec<_> = scratch.rows_mut().map(Some).collect();
-    let targets = Shards::new(&mut targets);
-    pool.run(&|thread| {
-        let mine = part(rows, thread, n_threads);
-        // SAFETY: `part` gives each thread its own rows.
-        let targets = unsafe { targets.range(mine.clone()) };
-        for (target, row) in targets.iter_mut().zip(mine) {
-            let target = target.take().expect("each row is taken once");
-            quantise_row(isa, &x[row * columns..(row + 1) * columns], target);
-        }
-    });
-}
-
 struct Job<'a> {
     weight: &'a Matrix,
     out: Shards<'a, f32>,
 }
 
-impl Job<'_> {
-    fn tile(
-        &self,
-        isa: Isa,
-        tile: usize,
-        x: &[f32],
-        rows: usize,
-        scratch: &Activation,
-        sum: &Sum<'_>,
-    ) {
-        let mut row = 0;
-        while row < rows {
-            let step = match rows - row {
-                MAX_ROWS.. => {
-                    self.rows::<MAX_ROWS>(isa, tile, x, row, rows, scratch, sum);
-                    MAX_ROWS
-                }
-                4.. => {
-                    self.rows::<4>(isa, tile, x, row, rows, scratch, sum);
-                    4
-                }
-                2.. => {
-                    self.rows::<2>(isa, tile, x, row, rows, scratch, sum);
-                    2
-                }
-                _ => {
-                    self.rows::<1>(isa, tile, x, row, rows, scratch, sum);
-                    1
-                }
-            };
-            row += step;
-        }
+/// What all tiles of a step have in common.
+struct Step<'a> {
+    isa: Isa,
+    x: &'a [f32],
+    rows: usize,
+    scratch: &'a Activation,
+    sum: &'a Sum<'a>,
+}
+
+impl<'a> Step<'a> {
+    /// Whole groups, and four of them where they fit.
+    fn chunk_rows(&self, columns: usize) -> usize {
+        let rows = CHUNK_BYTES / (columns * self.scratch.precision.terms());
+        (rows / (4 * GROUP) * 4 * GROUP).max(4 * GROUP)
     }
 
-    fn rows<const M: usize>(
-        &self,
-        isa: Isa,
-        tile: usize,
-        x: &[f32],
-        first: usize,
-        rows: usize,
-        scratch: &Activation,
-        sum: &Sum<'_>,
-    ) {
-        let columns = self.weight.columns;
-        let (n_blocks, terms) = (columns / BLOCK, scratch.precision.terms());
-        let x = Rows::<M> {
-            q: std::array::from_fn(|m| slice(&scratch.q, first + m, columns * terms)),
-            d: std::array::from_fn(|m| slice(&scratch.d, first + m, n_blocks)),
-            s: std::array::from_fn(|m| slice(&scratch.s, first + m, n_blocks)),
-            isum: std::array::from_fn(|m| slice(&scratch.isum, first + m, n_blocks)),
-            f32: std::array::from_fn(|m| slice(x, first + m, columns)),
-        };
+    fn group(&self, group: usize, columns: usize) -> Group<'a> {
+        let (scratch, shape) = (self.scratch, self.scratch.shape);
+        let runs = shape.n_runs * GROUP;
+        Group {
+            q: slice(scratch.q(), group, runs * BLOCK * scratch.precision.terms()),
+            sum: slice(&scratch.sum, group, runs),
+            isum: slice(&scratch.isum, group, 2 * runs),
+            d: slice(&scratch.d, group, shape.n_scales * GROUP),
+            x: self.x,
+            first: group * GROUP,
+            columns,
+        }
+    }
+}
+
+impl Job<'_> {
+    fn tile(&self, step: &Step<'_>, tile: usize, rows: Range<usize>) {
         let first_column = tile * TILE_ROWS;
         let n = (self.weight.rows - first_column).min(TILE_ROWS);
-        let store = |p: usize, m: usize, values: &[f32; TILE_ROWS]| {
-            let at = (p * rows + first + m) * self.weight.rows + first_column;
-            // SAFETY: a tile's columns of the output belong to the one thread that runs this tile.
+        let store = |p: usize, row: usize, values: &[f32; TILE_ROWS]| {
+            let at = (p * step.rows + row) * self.weight.rows + first_column;
+            // SAFETY: a tile's columns of some rows of the output belong to the one thread that
+            // runs this piece.
             unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
         };
         match &self.weight.weights {
             Weights::Quantised(tiles) => with_blocks!(self.weight.format, B => {
                 let w = tiles.tile::<B>(tile);
-                match scratch.precision {
-                    Precision::Int8 => run_tile::<B, M, 1>(isa, &w, &x, sum, store),
-                    Precision::Int16 => run_tile::<B, M, 2>(isa, &w, &x, sum, store),
+                match step.scratch.precision {
+                    Precision::Int8 => self.integers::<B, 1>(step, &w, rows, store),
+                    Precision::Int12 => self.integers::<B, 2>(step, &w, rows, store),
                 }
             }, _ => unreachable!("quantised formats have blocks")),
             Weights::F32(weights) => {
-                let each = columns * TILE_ROWS;
-                run_f32_tile(isa, &weights[tile * each..(tile + 1) * each], &x, sum, &store);
+                let each = self.weight.columns * TILE_ROWS;
+                let w = &weights[tile * each..(tile + 1) * each];
+                self.by_rows(step, rows, |x, row, n| match n {
+                    8 => run_f32_tile::<8>(step.isa, w, x, row, step.sum, &store),
+                    4 => run_f32_tile::<4>(step.isa, w, x, row, step.sum, &store),
+                    2 => run_f32_tile::<2>(step.isa, w, x, row, step.sum, &store),
+                    _ => run_f32_tile::<1>(step.isa, w, x, row, step.sum, &store),
+                });
+            }
+        }
+    }
+
+    fn integers<B: Blocks, const TERMS: usize>(
+        &self,
+        step: &Step<'_>,
+        w: &TileWeights<'_>,
+        rows: Range<usize>,
+        store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if step.isa == Isa::Avx512Amx && rows.len() >= amx::MIN_ROWS {
+            let group = |group| step.group(group, self.weight.columns);
+            // SAFETY: this instruction set was detected on this CPU.
+            unsafe { amx::run_tile::<B, TERMS>(w, rows, &group, step.sum, &store) };
+            return;
+        }
+        self.by_rows(step, rows, |x, row, n| match n {
+            8 => run_tile::<B, 8, TERMS>(step.isa, w, x, row, step.sum, &store),
+            4 => run_tile::<B, 4, TERMS>(step.isa, w, x, row, step.sum, &store),
+            2 => run_tile::<B, 2, TERMS>(step.isa, w, x, row, step.sum, &store),
+            _ => run_tile::<B, 1, TERMS>(step.isa, w, x, row, step.sum, &store),
+        });
+    }
+
+    /// Calls `run` with 8, 4, 2 or 1 rows of a group at a time.
+    fn by_rows(
+        &self,
+        step: &Step<'_>,
+        rows: Range<usize>,
+        run: impl Fn(&Group<'_>, usize, usize),
+    ) {
+        let mut row = rows.start;
+        while row < rows.end {
+            let group = step.group(row / GROUP, self.weight.columns);
+            let end = rows.end.min(group.first + GROUP);
+            while row < end {
+                let n = match end - row {
+                    MAX_ROWS.. => MAX_ROWS,
+                    4.. => 4,
+                    2.. => 2,
+                    _ => 1,
+                };
+                run(&group, row - group.first, n);
+                row += n;
             }
         }
     }
 }
 
-/// A row's run, or nothing where this form of the activations was not made.
-fn slice<T>(all: &[T], row: usize, len: usize) -> &[T] {
-    all.get(row * len..(row + 1) * len).unwrap_or(&[])
+/// A group's run, or nothing where this form of the activations was not made.
+fn slice<T>(all: &[T], group: usize, len: usize) -> &[T] {
+    all.get(group * len..(group + 1) * len).unwrap_or(&[])
 }
 
-/// The k-th integer of a block of activations, of one or two terms.
+/// The k-th integer of a run of activations, of one or two terms.
 #[inline(always)]
-pub(crate) fn integer<const TERMS: usize>(q: &[i8], k: usize) -> i32 {
-    if TERMS == 1 { i32::from(q[k]) } else { 256 * i32::from(q[k]) + i32::from(q[BLOCK + k]) }
+pub(crate) fn integer(terms: usize, q: &[i8], k: usize) -> i32 {
+    if terms == 1 { i32::from(q[k]) } else { 16 * i32::from(q[k]) + i32::from(q[BLOCK + k]) }
 }
 
-/// The loop over parts, leaves and blocks, for any block kernel and accumulator.
+/// The loop over parts, leaves, scales and runs, for any kernel and accumulator. `$run` adds a run
+/// to a scale's sum, `$fold` adds that to a leaf's.
 macro_rules! sum_leaves {
-    ($M:ident, $sum:expr, $zero:expr, $add:expr, $lanes:expr, $block:expr, $store:expr) => {{
+    (
+        $M:ident, $sum:expr, $scale_runs:expr, $zero:expr, $add:expr, $lanes:expr, $run:expr,
+        $fold:expr, $store:expr
+    ) => {{
         // Not cleared: a tile is done in about a microsecond, and clearing this would show.
         let mut stack = [const { MaybeUninit::uninit() }; MAX_DEPTH];
-        let n_blocks = $sum.leaf_columns / BLOCK;
-        let (mut leaf, mut b) = (0, 0);
+        let n_runs = $sum.leaf_columns / BLOCK;
+        let (mut leaf, mut b, mut scale) = (0, 0, 0);
         for (p, &n_leaves) in $sum.part_leaves.iter().enumerate() {
             let mut top = 0;
             for _ in 0..n_leaves {
-                let mut acc = [$zero; $M];
-                for _ in 0..n_blocks {
-                    $block(b, &mut acc);
-                    b += 1;
+                let mut total = [$zero; $M];
+                let leaf_end = b + n_runs;
+                while b < leaf_end {
+                    let mut acc = [$zero; $M];
+                    for _ in 0..$scale_runs.min(leaf_end - b) {
+                        $run(b, &mut acc);
+                        b += 1;
+                    }
+                    $fold(scale, &acc, &mut total);
+                    scale += 1;
                 }
-                stack[top].write(acc);
-                top += 1;
                 for _ in 0..$sum.merges[leaf] {
                     top -= 1;
-                    let (left, right) =
-                        // SAFETY: `check_sum` saw that merges leave at least one sum: both were
-                        // written.
-                        unsafe { (stack[top - 1].assume_init(), stack[top].assume_init()) };
+                    let left: [_; $M] =
+                        // SAFETY: `check_sum` saw that merges find sums that were written.
+                        unsafe { stack[top].assume_init() };
                     for m in 0..$M {
-                        acc[m] = $add(left[m], right[m]);
+                        total[m] = $add(left[m], total[m]);
                     }
-                    stack[top - 1].write(acc);
                 }
+                stack[top].write(total);
+                top += 1;
                 leaf += 1;
             }
             if n_leaves > 0 {
@@ -316,61 +378,93 @@ fn add_lanes(a: [f32; TILE_ROWS], b: [f32; TILE_ROWS]) -> [f32; TILE_ROWS] {
 #[inline(always)]
 fn run_tile_portable<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     sum: &Sum<'_>,
     store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
     let same = |lanes: [f32; TILE_ROWS]| lanes;
-    let dot = |b, acc: &mut _| portable::run::<B, M, TERMS>(w, b, x, acc);
-    sum_leaves!(M, sum, [0f32; TILE_ROWS], add_lanes, same, dot, store);
+    let run = |b, acc: &mut _| portable::run::<B, M, TERMS>(w, b, x, first, acc);
+    let fold = |scale: usize, acc: &[[f32; TILE_ROWS]; M], total: &mut [[f32; TILE_ROWS]; M]| {
+        for row in 0..M {
+            let d = x.d[scale * GROUP + first + row];
+            for lane in 0..TILE_ROWS {
+                total[row][lane] = acc[row][lane].mul_add(d, total[row][lane]);
+            }
+        }
+    };
+    let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);
+    let scale_runs = scale_runs::<TERMS>();
+    sum_leaves!(M, sum, scale_runs, [0f32; TILE_ROWS], add_lanes, same, run, fold, store);
+}
+
+/// Runs that may share a scale.
+pub(crate) const fn scale_runs<const TERMS: usize>() -> usize {
+    if TERMS == 1 { Precision::Int8.scale_runs() } else { Precision::Int12.scale_runs() }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn run_tile_avx2<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     sum: &Sum<'_>,
     store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
-    run_tile_portable::<B, M, TERMS>(w, x, sum, store);
+    run_tile_portable::<B, M, TERMS>(w, x, first, sum, store);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn run_tile_avx512<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     sum: &Sum<'_>,
     store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
-    use std::arch::x86_64::{__m512, _mm512_add_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+    use std::arch::x86_64::{
+        __m512, _mm512_add_ps, _mm512_fmadd_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    };
     let lanes = |v: __m512| {
         let mut out = [0f32; TILE_ROWS];
         // SAFETY: 16 floats.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
         out
     };
-    let dot = |b, acc: &mut _| crate::quant::avx512::run::<B, M, TERMS>(w, b, x, acc);
-    sum_leaves!(M, sum, _mm512_setzero_ps(), _mm512_add_ps, lanes, dot, store);
+    let run = |b, acc: &mut _| crate::quant::avx512::run::<B, M, TERMS>(w, b, x, first, acc);
+    let fold = |scale: usize, acc: &[__m512; M], total: &mut [__m512; M]| {
+        for row in 0..M {
+            let d = _mm512_set1_ps(x.d[scale * GROUP + first + row]);
+            total[row] = _mm512_fmadd_ps(acc[row], d, total[row]);
+        }
+    };
+    let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);
+    let zero = _mm512_setzero_ps();
+    let scale_runs = scale_runs::<TERMS>();
+    sum_leaves!(M, sum, scale_runs, zero, _mm512_add_ps, lanes, run, fold, store);
 }
 
 #[inline]
 fn run_tile<B: Blocks, const M: usize, const TERMS: usize>(
     isa: Isa,
     w: &TileWeights<'_>,
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     sum: &Sum<'_>,
     store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `Isa` other than Portable was detected on this CPU.
-        Isa::Avx512Vnni => unsafe { run_tile_avx512::<B, M, TERMS>(w, x, sum, store) },
+        Isa::Avx512Amx | Isa::Avx512Vnni => unsafe {
+            run_tile_avx512::<B, M, TERMS>(w, x, first, sum, store);
+        },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { run_tile_avx2::<B, M, TERMS>(w, x, sum, store) },
-        _ => run_tile_portable::<B, M, TERMS>(w, x, sum, store),
+        Isa::Avx2 => unsafe { run_tile_avx2::<B, M, TERMS>(w, x, first, sum, store) },
+        _ => run_tile_portable::<B, M, TERMS>(w, x, first, sum, store),
     }
 }
 
@@ -379,13 +473,20 @@ type Store<'a> = &'a dyn Fn(usize, usize, &[f32; TILE_ROWS]);
 fn run_f32_tile<const M: usize>(
     isa: Isa,
     w: &[f32],
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     sum: &Sum<'_>,
     store: Store<'_>,
 ) {
-    dispatch!(isa, fn<M>(w: &[f32], x: &Rows<'_, M>, sum: &Sum<'_>, store: Store<'_>) => {
+    dispatch!(isa, fn<M>(
+        w: &[f32], x: &Group<'_>, first: usize, sum: &Sum<'_>, store: Store<'_>,
+    ) => {
         let same = |lanes: [f32; TILE_ROWS]| lanes;
-        let dot = |b, acc: &mut _| f32_tile::block(w, b, x, acc);
-        sum_leaves!(M, sum, [0f32; TILE_ROWS], add_lanes, same, dot, store);
+        let run = |b, acc: &mut _| f32_tile::block::<M>(w, b, x, first, acc);
+        let fold = |_, acc: &[[f32; TILE_ROWS]; M], total: &mut [[f32; TILE_ROWS]; M]| {
+            *total = *acc;
+        };
+        let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);
+        sum_leaves!(M, sum, usize::MAX, [0f32; TILE_ROWS], add_lanes, same, run, fold, store);
     });
 }

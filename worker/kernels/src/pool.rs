@@ -200,6 +200,14 @@ impl<'a, T> Shards<'a, T> {
         // SAFETY: in bounds by the assertion, unique by the caller's promise, and alive for 'a.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(range.start), range.len()) }
     }
+
+    /// # Safety
+    /// As for [`Self::range`].
+    pub(crate) unsafe fn set(&self, at: usize, value: T) {
+        assert!(at < self.len, "{at} of {}", self.len);
+        // SAFETY: in bounds by the assertion, nobody else's by the caller's promise.
+        unsafe { *self.pointer.add(at) = value };
+    }
 }
 
 #[cfg(test)]

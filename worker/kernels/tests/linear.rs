@@ -119,25 +119,25 @@ impl Source for Random {
 /// Every format with activations of either precision; f32 weights take f32 activations.
 const CASES: [(Format, Precision); 15] = [
     (Format::Q4_0, Precision::Int8),
-    (Format::Q4_0, Precision::Int16),
+    (Format::Q4_0, Precision::Int12),
     (Format::Q4_1, Precision::Int8),
-    (Format::Q4_1, Precision::Int16),
+    (Format::Q4_1, Precision::Int12),
     (Format::Q5_0, Precision::Int8),
-    (Format::Q5_0, Precision::Int16),
+    (Format::Q5_0, Precision::Int12),
     (Format::Q5_1, Precision::Int8),
-    (Format::Q5_1, Precision::Int16),
+    (Format::Q5_1, Precision::Int12),
     (Format::Q8_0, Precision::Int8),
-    (Format::Q8_0, Precision::Int16),
+    (Format::Q8_0, Precision::Int12),
     (Format::Q4K, Precision::Int8),
-    (Format::Q4K, Precision::Int16),
+    (Format::Q4K, Precision::Int12),
     (Format::Q5K, Precision::Int8),
-    (Format::Q5K, Precision::Int16),
-    (Format::F32, Precision::Int16),
+    (Format::Q5K, Precision::Int12),
+    (Format::F32, Precision::Int12),
 ];
 
 const ROWS: usize = 40; // two whole tiles and a half one
 const COLUMNS: usize = 768; // a half of it begins inside a block of 256
-const TOKENS: usize = 19; // two full passes of eight, and three
+const TOKENS: usize = 89; // more than four groups of 16, and a rest
 
 fn input(tokens: usize) -> Vec<f32> {
     let mut noise = Noise(7);
@@ -153,7 +153,7 @@ fn multiply(
 ) -> Vec<f32> {
     let rows = x.len() / COLUMNS;
     let mut out = vec![f32::NAN; rows * matrix.rows()];
-    let mut scratch = Activation::with_capacity(x.len(), precision);
+    let mut scratch = Activation::with_capacity(x.len() / COLUMNS, COLUMNS, precision);
     let input = Input { x, rows, columns: COLUMNS, scratch: &mut scratch };
     let mut pool = Pool::new(n_threads, false);
     linear(&mut pool, isa, input, &mut [Projection { weight: matrix, out: &mut out }]);
@@ -178,7 +178,7 @@ fn products_are_those_of_plain_arithmetic_up_to_half_a_step() {
                 // Each activation is off by at most half a step of its block's maximum (<= 1).
                 let step = match (matrix.is_quantised(), precision) {
                     (true, Precision::Int8) => 0.5 / 127.0,
-                    (true, Precision::Int16) => 0.5 / 32_512.0,
+                    (true, Precision::Int12) => 0.5 / 2032.0,
                     (false, _) => 1e-6,
                 };
                 let bound = weights.iter().map(|w| w.abs()).sum::<f64>() * step + 1e-4;
@@ -202,9 +202,13 @@ fn bits_do_not_depend_on_batch_threads_or_instruction_set() {
             .flat_map(|x| multiply(Isa::Portable, 1, precision, &matrix, x))
             .collect();
         for isa in Isa::available() {
-            for n_threads in [1, 2, 3] {
-                let batch = multiply(isa, n_threads, precision, &matrix, &x);
-                assert_eq!(bits(&batch), bits(&alone), "{format:?} {isa:?} {n_threads}");
+            for (n_threads, n) in [(1, TOKENS), (2, 1), (3, 5), (2, 13), (1, 24), (3, TOKENS)] {
+                let batch = multiply(isa, n_threads, precision, &matrix, &x[..n * COLUMNS]);
+                assert_eq!(
+                    bits(&batch),
+                    bits(&alone[..n * ROWS]),
+                    "{format:?} {isa:?} {n_threads} {n}"
+                );
             }
         }
     }
@@ -220,7 +224,7 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
         let mut random = Random::new(format, ROWS, COLUMNS);
         let whole = Matrix::pack(ROWS, COLUMNS, &random);
         let mut want = vec![0.0; TOKENS * ROWS];
-        let mut scratch = Activation::with_capacity(x.len(), precision);
+        let mut scratch = Activation::with_capacity(x.len() / COLUMNS, COLUMNS, precision);
         let mut pool = Pool::new(2, false);
         linear_parts(
             &mut pool,
@@ -285,7 +289,7 @@ fn a_nan_activation_reaches_the_output() {
     let mut x = input(1);
     x[100] = f32::NAN;
     let matrix = Matrix::pack(ROWS, COLUMNS, &Random::new(Format::Q4_1, ROWS, COLUMNS));
-    for precision in [Precision::Int8, Precision::Int16] {
+    for precision in [Precision::Int8, Precision::Int12] {
         let out = multiply(Isa::detect(), 1, precision, &matrix, &x);
         assert!(out.iter().all(|v| v.is_nan()), "{precision:?}");
     }

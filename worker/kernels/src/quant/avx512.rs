@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 
 use super::blocks::{Blocks, RUN, Scales};
 use super::tiles::{FIFTHS, quant_bytes};
-use crate::linear::{Rows, TileWeights};
+use crate::activation::GROUP;
+use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
 /// Bytes that a lone row of activations fetches ahead.
@@ -18,38 +19,67 @@ const AHEAD: usize = 2048;
 pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     b: usize,
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     acc: &mut [__m512; M],
 ) {
     debug_assert!(w.quants.len() >= (b + 1) * quant_bytes(B::BITS));
-    debug_assert!(x.q.iter().all(|q| q.len() >= (b + 1) * RUN * TERMS));
+    debug_assert!(x.q.len() >= (b + 1) * GROUP * RUN * TERMS && first + M <= GROUP);
+    let at = b * GROUP + first;
     let (mut one, mut two) = ([_mm512_setzero_si512(); M], [_mm512_setzero_si512(); M]);
     // SAFETY: the tile has run b (callers loop over its runs; asserted above in debug builds), with
     // scales for 16 rows, and every row of activations has 32 columns of it.
     unsafe {
         if B::ZERO != 0 {
             for row in 0..M {
-                let offset = x.isum[row].get_unchecked(b).wrapping_mul(-B::ZERO);
+                let isum = x.isum.get_unchecked(2 * b * GROUP + first + row);
+                let offset = isum.wrapping_mul(-B::ZERO);
                 two[row] = _mm512_set1_epi32(offset);
             }
         }
         for j in 0..4 {
-            let (first, second) = vectors::<B, M>(w, b, j);
+            let (left, right) = vectors::<B, M>(w, b, j);
             for row in 0..M {
-                let q = x.q[row].as_ptr().add(b * RUN * TERMS + j * 4);
+                let q = x.q.as_ptr().add((at + row) * RUN * TERMS + j * 4);
                 let four = |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
-                one[row] = _mm512_dpbusd_epi32(one[row], first, four(0));
+                one[row] = _mm512_dpbusd_epi32(one[row], left, four(0));
                 if TERMS == 1 {
-                    two[row] = _mm512_dpbusd_epi32(two[row], second, four(16));
+                    two[row] = _mm512_dpbusd_epi32(two[row], right, four(16));
                 } else {
-                    two[row] = _mm512_dpbusd_epi32(two[row], first, four(RUN));
-                    one[row] = _mm512_dpbusd_epi32(one[row], second, four(16));
-                    two[row] = _mm512_dpbusd_epi32(two[row], second, four(RUN + 16));
+                    two[row] = _mm512_dpbusd_epi32(two[row], left, four(RUN));
+                    one[row] = _mm512_dpbusd_epi32(one[row], right, four(16));
+                    two[row] = _mm512_dpbusd_epi32(two[row], right, four(RUN + 16));
                 }
             }
         }
-        let at = w.scale_at::<B>(b);
-        let half = |of: &[u16]| _mm512_cvtph_ps(_mm256_loadu_si256(of.as_ptr().add(at).cast()));
+        let (scale, min) = scales::<B>(w, b);
+        for row in 0..M {
+            let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<4>(one[row]) };
+            let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
+            acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
+            let sum = || _mm512_set1_ps(*x.sum.get_unchecked(at + row));
+            acc[row] = match B::SCALES {
+                Scales::Plain => acc[row],
+                Scales::Min => _mm512_fmadd_ps(min, sum(), acc[row]),
+                Scales::Super => _mm512_fnmadd_ps(min, sum(), acc[row]),
+            };
+        }
+    }
+}
+
+/// Scale and min of a run, min with the sign that its format stores.
+///
+/// # Safety
+/// The tile has run b.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+pub(super) unsafe fn scales<B: Blocks>(w: &TileWeights<'_>, b: usize) -> (__m512, __m512) {
+    // SAFETY: scales are there for every run the tile has.
+    unsafe {
+        let half = |of: &[u16]| {
+            let of = of.as_ptr().add(w.scale_at::<B>(b));
+            _mm512_cvtph_ps(_mm256_loadu_si256(of.cast()))
+        };
         let integers = |of: &[u8]| {
             let bytes = _mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast());
             _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
@@ -63,18 +93,7 @@ pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
             Scales::Min => half(w.m),
             Scales::Super => _mm512_mul_ps(half(w.m), integers(w.mc)),
         };
-        for row in 0..M {
-            let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<8>(one[row]) };
-            let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
-            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*x.d[row].get_unchecked(b)));
-            acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
-            let sum = || _mm512_set1_ps(*x.s[row].get_unchecked(b));
-            acc[row] = match B::SCALES {
-                Scales::Plain => acc[row],
-                Scales::Min => _mm512_fmadd_ps(min, sum(), acc[row]),
-                Scales::Super => _mm512_fnmadd_ps(min, sum(), acc[row]),
-            };
-        }
+        (scale, min)
     }
 }
 
@@ -84,7 +103,7 @@ pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
 /// The tile has run b.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn vectors<B: Blocks, const M: usize>(
+pub(super) unsafe fn vectors<B: Blocks, const M: usize>(
     w: &TileWeights<'_>,
     b: usize,
     j: usize,

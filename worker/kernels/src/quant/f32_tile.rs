@@ -1,7 +1,7 @@
 //! f32 weights, `[tile, column, 16 rows]`, multiplied with f32 activations: every format that has
 //! no kernel of its own yet comes here dequantised. Exact, and 32 bits a weight.
 
-use crate::linear::Rows;
+use crate::linear::Group;
 use crate::matrix::{Source, TILE_ROWS};
 
 pub(crate) fn pack(rows: usize, columns: usize, source: &dyn Source) -> Vec<f32> {
@@ -22,13 +22,15 @@ pub(crate) fn pack(rows: usize, columns: usize, source: &dyn Source) -> Vec<f32>
 pub(crate) fn block<const M: usize>(
     w: &[f32],
     b: usize,
-    x: &Rows<'_, M>,
+    x: &Group<'_>,
+    first: usize,
     acc: &mut [[f32; 16]; M],
 ) {
     let weights = &w[b * 32 * TILE_ROWS..(b + 1) * 32 * TILE_ROWS];
     for (k, weights) in weights.chunks_exact(TILE_ROWS).enumerate() {
         for row in 0..M {
-            crate::lanes::fma_scalar(&mut acc[row], x.f32[row][b * 32 + k], weights);
+            let x = x.x[(x.first + first + row) * x.columns + b * 32 + k];
+            crate::lanes::fma_scalar(&mut acc[row], x, weights);
         }
     }
 }

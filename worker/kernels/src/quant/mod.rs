@@ -101,6 +101,8 @@ impl Format {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod blocks;
 pub(crate) mod f32_tile;
