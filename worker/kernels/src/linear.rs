@@ -270,7 +270,7 @@ impl Job<'_> {
         store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
     ) {
         #[cfg(target_arch = "x86_64")]
-        if step.isa == Isa::Avx512Amx && rows.len() >= amx::MIN_ROWS {
+        if step.isa == Isa::Avx512Amx && TERMS == 2 && rows.len() >= amx::MIN_ROWS {
             let group = |group| step.group(group, self.weight.columns);
             // SAFETY: this instruction set was detected on this CPU.
             unsafe { amx::run_tile::<B, TERMS>(w, rows, &group, step.sum, &store) };
