@@ -325,9 +325,10 @@ impl Life {
         if device.is_none() {
             let (config, split) = (&self.checkpoint.config, &self.spec.split);
             let program = families::compile(config, split, self.epoch.rank);
+            let epoch = &*self.epoch;
             let mut progress = |bytes_done, bytes_total| {
-                self.epoch.progress.send_replace(Progress::Loading { bytes_done, bytes_total });
-                match self.epoch.abort.is_aborted() {
+                epoch.progress.send_replace(Progress::Loading { bytes_done, bytes_total });
+                match epoch.abort.is_aborted() {
                     true => ControlFlow::Break(()),
                     false => ControlFlow::Continue(()),
                 }

@@ -271,7 +271,7 @@ fn rows_read_back_as_the_file_has_them() {
         let random = Random::new(format, ROWS, COLUMNS);
         let matrix = Matrix::pack(ROWS, COLUMNS, &random);
         let mut out = vec![0.0; COLUMNS];
-        for row in [0, 15, 16, 39] {
+        for row in 0..ROWS {
             matrix.dequantise_row(row, &mut out);
             for (k, &got) in out.iter().enumerate() {
                 let want = random.weight(row, k);

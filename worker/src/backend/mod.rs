@@ -112,7 +112,7 @@ pub trait Backend: Send {
 }
 
 /// Hears of bytes done and bytes in total while weights load; may stop it.
-pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
+pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + Send + 'a;
 
 /// Reads a rank's slices into the device's form. `progress(done, total)` counts bytes of the file
 /// and may stop the loading.

@@ -71,7 +71,7 @@ pub(super) fn load(
 fn dequantize(checkpoint: &Checkpoint, weight: &Weight) -> Result<Tensor, LoadError> {
     use candle_core::quantized::{GgmlDType, QStorage, QTensor};
     let slice = checkpoint.slice(weight)?;
-    slice.check_finite()?;
+    slice.check_finite(0..slice.rows)?;
     let device = Device::Cpu;
     if slice.rows == 0 || slice.columns == 0 {
         return Ok(Tensor::zeros((slice.rows, slice.columns), candle_core::DType::F32, &device)?);

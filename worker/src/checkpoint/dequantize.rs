@@ -32,16 +32,43 @@ pub(super) fn dequantize(format: Format, blocks: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Whether the block's floats are finite: its scales, or its one weight.
-pub(super) fn is_finite(format: Format, block: &[u8]) -> bool {
-    let halves = |offsets: &[usize]| offsets.iter().all(|&at| half_at(block, at).is_finite());
+/// The first of a row's blocks whose floats are not finite: its scales, or its one weight.
+pub(super) fn first_not_finite(format: Format, blocks: &[u8]) -> Option<usize> {
     match format {
-        Format::F32 => f32::from_le_bytes([block[0], block[1], block[2], block[3]]).is_finite(),
-        Format::Bf16 => bf16::from_le_bytes([block[0], block[1]]).is_finite(),
-        Format::F16 | Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => halves(&[0]),
-        Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => halves(&[0, 2]),
-        Format::Q6K => halves(&[208]),
+        Format::F32 => find::<4>(blocks, |b| f32::from_le_bytes(*b).is_finite()),
+        Format::Bf16 => find::<2>(blocks, |b| bf16::from_le_bytes(*b).is_finite()),
+        Format::F16 => find::<2>(blocks, |b| halves_are_finite(b, &[0])),
+        Format::Q4_0 => find::<18>(blocks, |b| halves_are_finite(b, &[0])),
+        Format::Q5_0 => find::<22>(blocks, |b| halves_are_finite(b, &[0])),
+        Format::Q8_0 => find::<34>(blocks, |b| halves_are_finite(b, &[0])),
+        Format::Q4_1 => find::<20>(blocks, |b| halves_are_finite(b, &[0, 2])),
+        Format::Q5_1 => find::<24>(blocks, |b| halves_are_finite(b, &[0, 2])),
+        Format::Q4K => find::<144>(blocks, |b| halves_are_finite(b, &[0, 2])),
+        Format::Q5K => find::<176>(blocks, |b| halves_are_finite(b, &[0, 2])),
+        Format::Q6K => find::<210>(blocks, |b| halves_are_finite(b, &[208])),
     }
+}
+
+/// The first block that is not finite. All are read before any is searched for: a loop without an
+/// exit is vectors.
+#[inline(always)]
+fn find<const BYTES: usize>(
+    blocks: &[u8],
+    is_finite: impl Fn(&[u8; BYTES]) -> bool,
+) -> Option<usize> {
+    let (blocks, rest) = blocks.as_chunks::<BYTES>();
+    assert!(rest.is_empty(), "whole blocks");
+    if blocks.iter().fold(true, |all, block| all & is_finite(block)) {
+        return None;
+    }
+    blocks.iter().position(|block| !is_finite(block))
+}
+
+#[inline(always)]
+fn halves_are_finite<const BYTES: usize>(block: &[u8; BYTES], offsets: &[usize]) -> bool {
+    const EXPONENT: u16 = 0x7c00;
+    let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+    offsets.iter().fold(true, |all, &at| all & (half(at) & EXPONENT != EXPONENT))
 }
 
 fn half_at(block: &[u8], at: usize) -> f32 {

@@ -7,7 +7,7 @@ use evener_kernels::quant::Format;
 use crate::model::program::Weight;
 
 use super::Error;
-use super::dequantize::{dequantize, is_finite};
+use super::dequantize::{dequantize, first_not_finite};
 use super::fault::printable;
 use super::gguf::Gguf;
 
@@ -25,7 +25,7 @@ pub struct Slice<'a> {
     tensor: &'a str,
     first_row: usize,
     data: &'a [u8],            // of the whole tensor
-    row_bytes: usize,          // of the whole tensor
+    stride: usize,             // from row to row, in bytes
     block_bytes: Range<usize>, // of the slice's blocks, in a row
 }
 
@@ -55,7 +55,7 @@ impl<'a> Slice<'a> {
             tensor: &tensor.name,
             first_row: rows.start,
             data: &gguf.bytes()[tensor.bytes.clone()],
-            row_bytes: n_columns / len * bytes,
+            stride: n_columns / len * bytes,
             block_bytes: columns.start / len * bytes..columns.end.div_ceil(len) * bytes,
         })
     }
@@ -70,14 +70,20 @@ impl<'a> Slice<'a> {
     #[must_use]
     pub fn row(&self, i: usize) -> &'a [u8] {
         assert!(i < self.rows, "row {i} of {}", self.rows);
-        let start = (self.first_row + i) * self.row_bytes;
+        let start = (self.first_row + i) * self.stride;
         &self.data[start + self.block_bytes.start..start + self.block_bytes.end]
     }
 
     /// Bytes of all its rows.
     #[must_use]
     pub fn n_bytes(&self) -> usize {
-        self.rows * self.block_bytes.len()
+        self.rows * self.row_bytes()
+    }
+
+    /// Bytes of one of its rows.
+    #[must_use]
+    pub fn row_bytes(&self) -> usize {
+        self.block_bytes.len()
     }
 
     /// Writes the `i`-th row's columns as f32. `out.len()` is `columns`.
@@ -99,15 +105,15 @@ impl<'a> Slice<'a> {
         }
     }
 
-    /// Looks for scales and weights that are not finite; backends call it while they load.
+    /// Looks for scales and weights that are not finite among its rows; backends call it while they
+    /// load.
     ///
     /// # Errors
     /// The first such block.
-    pub fn check_finite(&self) -> Result<(), Error> {
+    pub fn check_finite(&self, rows: Range<usize>) -> Result<(), Error> {
         let first_block = self.block_bytes.start / self.format.block_bytes();
-        for i in 0..self.rows {
-            let mut blocks = self.row(i).chunks_exact(self.format.block_bytes());
-            if let Some(block) = blocks.position(|block| !is_finite(self.format, block)) {
+        for i in rows {
+            if let Some(block) = first_not_finite(self.format, self.row(i)) {
                 return Err(Error::NotFinite {
                     tensor: printable(self.tensor),
                     row: self.first_row + i,

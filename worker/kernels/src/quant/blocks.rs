@@ -32,30 +32,38 @@ pub(crate) trait Blocks {
     fn run(block: &[u8], i: usize) -> Run;
 }
 
-/// 32 weights of a row, taken apart.
+/// 32 weights of a row, taken apart four columns at a time.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Run {
-    pub(crate) u: [u8; RUN],
+    /// A row's share of a tile's vectors. Of 8 bits: word `2 * j + half` is u of columns `16 * half
+    /// + 4 * j` and the three after it. Of 4 and 5 bits: word j is the low four bits of columns `4
+    /// * j..`, with those of columns `16 + 4 * j..` above them; the other words are 0.
+    pub(crate) words: [u32; 8],
+    /// Bit k is column k's fifth.
+    pub(crate) fifths: u32,
     /// f16 bits.
     pub(crate) d: u16,
     /// f16 bits; 0 where the format has no min.
     pub(crate) m: u16,
-    /// 1 where scales are not [`Scales::Super`].
+    /// Of [`Scales::Super`].
     pub(crate) sc: u8,
     pub(crate) mc: u8,
 }
 
 /// Little-endian f16 bits at `at`.
+#[inline(always)]
 pub(crate) fn half_at(block: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([block[at], block[at + 1]])
 }
 
-/// Sixteen bytes that hold run columns 0 to 15 low and 16 to 31 high.
-pub(crate) fn nibbles(bytes: &[u8]) -> [u8; RUN] {
-    std::array::from_fn(|k| if k < 16 { bytes[k] & 15 } else { bytes[k - 16] >> 4 })
+/// Four bytes at `at`, the first lowest.
+#[inline(always)]
+pub(crate) fn word_at(block: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
 }
 
-/// Adds the k-th bit of four bytes to the k-th weight, as its fifth bit.
-pub(crate) fn with_fifth_bits(u: [u8; RUN], bits: &[u8]) -> [u8; RUN] {
-    std::array::from_fn(|k| u[k] | ((bits[k / 8] >> (k % 8)) & 1) << 4)
+/// Words of sixteen bytes that hold run columns 0 to 15 low and 16 to 31 high.
+#[inline(always)]
+pub(crate) fn nibbles(bytes: &[u8]) -> [u32; 8] {
+    std::array::from_fn(|j| if j < 4 { word_at(bytes, 4 * j) } else { 0 })
 }

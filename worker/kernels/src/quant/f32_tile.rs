@@ -1,20 +1,42 @@
 //! f32 weights, `[tile, column, 16 rows]`, multiplied with f32 activations: every format that has
 //! no kernel of its own yet comes here dequantised. Exact, and 32 bits a weight.
 
+use std::ops::{Deref, Range};
+
 use crate::linear::Group;
 use crate::matrix::{Source, TILE_ROWS};
+use crate::memory::{Stretch, numbers};
 
-pub(crate) fn pack(rows: usize, columns: usize, source: &dyn Source) -> Vec<f32> {
-    let mut weights = vec![0f32; rows.div_ceil(TILE_ROWS) * columns * TILE_ROWS];
+/// Weights of a matrix.
+#[derive(Debug)]
+pub(crate) struct Tiles(pub(crate) Stretch);
+
+impl Deref for Tiles {
+    type Target = [f32];
+
+    #[inline]
+    fn deref(&self) -> &[f32] {
+        numbers(&self.0)
+    }
+}
+
+/// Bytes of a tile.
+pub(crate) fn tile_bytes(columns: usize) -> usize {
+    4 * TILE_ROWS * columns
+}
+
+/// Packs a tile's rows into its bytes. Rows that there are not weigh nothing.
+pub(crate) fn pack(source: &dyn Source, columns: usize, rows: Range<usize>, tile: &mut [u8]) {
     let mut values = vec![0f32; columns];
-    for row in 0..rows {
-        let (tile, lane) = (row / TILE_ROWS, row % TILE_ROWS);
+    if rows.len() < TILE_ROWS {
+        tile.fill(0);
+    }
+    for (lane, row) in rows.enumerate() {
         source.row_f32(row, &mut values);
-        for (k, &value) in values.iter().enumerate() {
-            weights[(tile * columns + k) * TILE_ROWS + lane] = value;
+        for (column, value) in tile.chunks_exact_mut(4 * TILE_ROWS).zip(&values) {
+            column[4 * lane..4 * lane + 4].copy_from_slice(&value.to_ne_bytes());
         }
     }
-    weights
 }
 
 /// Adds 32 columns' products to the sums of M rows of activations, column by column.

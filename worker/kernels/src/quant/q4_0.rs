@@ -11,7 +11,8 @@ impl Blocks for Q4_0 {
     const ZERO: i32 = 8;
     const SCALES: Scales = Scales::Plain;
 
+    #[inline(always)]
     fn run(block: &[u8], _: usize) -> Run {
-        Run { u: nibbles(&block[2..]), d: half_at(block, 0), m: 0, sc: 1, mc: 0 }
+        Run { words: nibbles(&block[2..]), d: half_at(block, 0), ..Run::default() }
     }
 }

@@ -11,7 +11,9 @@ impl Blocks for Q4_1 {
     const ZERO: i32 = 0;
     const SCALES: Scales = Scales::Min;
 
+    #[inline(always)]
     fn run(block: &[u8], _: usize) -> Run {
-        Run { u: nibbles(&block[4..]), d: half_at(block, 0), m: half_at(block, 2), sc: 1, mc: 1 }
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        Run { words: nibbles(&block[4..]), d, m, ..Run::default() }
     }
 }

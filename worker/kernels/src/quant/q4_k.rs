@@ -3,7 +3,10 @@
 //! and the next high.
 
 use super::Format;
-use super::blocks::{Blocks, Run, Scales, half_at};
+use super::blocks::{Blocks, Run, Scales, half_at, word_at};
+
+/// The low nibble of each of four bytes.
+const LOW: u32 = 0x0f0f_0f0f;
 
 pub(crate) struct Q4K;
 
@@ -13,22 +16,26 @@ impl Blocks for Q4K {
     const ZERO: i32 = 0;
     const SCALES: Scales = Scales::Super;
 
+    #[inline(always)]
     fn run(block: &[u8], i: usize) -> Run {
         let (sc, mc) = scale_and_min(&block[4..16], i);
-        let u = pair_of_runs(&block[16..], i);
-        Run { u, d: half_at(block, 0), m: half_at(block, 2), sc, mc }
+        let (words, d, m) = (pair_of_runs(&block[16..], i), half_at(block, 0), half_at(block, 2));
+        Run { words, d, m, sc, mc, ..Run::default() }
     }
 }
 
-/// The i-th run of bytes that hold even runs low and odd runs high.
-pub(super) fn pair_of_runs(bytes: &[u8], i: usize) -> [u8; 32] {
-    let bytes = &bytes[i / 2 * 32..];
-    std::array::from_fn(|k| if i.is_multiple_of(2) { bytes[k] & 15 } else { bytes[k] >> 4 })
+/// Words of the i-th run of bytes that hold even runs low and odd runs high.
+#[inline(always)]
+pub(super) fn pair_of_runs(bytes: &[u8], i: usize) -> [u32; 8] {
+    let bytes = &bytes[i / 2 * 32..][..32];
+    let word = |j: usize| (word_at(bytes, 4 * j) >> (i % 2 * 4)) & LOW;
+    std::array::from_fn(|j| if j < 4 { word(j) | word(4 + j) << 4 } else { 0 })
 }
 
 /// The 6-bit scale and min of a run. Of the 12 bytes, 0..4 and 4..8 hold those of runs 0 to 3 in
 /// their low six bits; 8..12 hold the low four bits of runs 4 to 7, whose high two bits are the
 /// tops of 0..8.
+#[inline(always)]
 pub(super) fn scale_and_min(packed: &[u8], i: usize) -> (u8, u8) {
     if i < 4 {
         return (packed[i] & 63, packed[i + 4] & 63);

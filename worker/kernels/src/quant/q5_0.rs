@@ -1,7 +1,7 @@
 //! Q5_0: `w = d * (u - 16)`. In a file: f16 d, 32 fifth bits, 16 bytes of nibbles.
 
 use super::Format;
-use super::blocks::{Blocks, Run, Scales, half_at, nibbles, with_fifth_bits};
+use super::blocks::{Blocks, Run, Scales, half_at, nibbles, word_at};
 
 pub(crate) struct Q5_0;
 
@@ -11,8 +11,9 @@ impl Blocks for Q5_0 {
     const ZERO: i32 = 16;
     const SCALES: Scales = Scales::Plain;
 
+    #[inline(always)]
     fn run(block: &[u8], _: usize) -> Run {
-        let u = with_fifth_bits(nibbles(&block[6..]), &block[2..6]);
-        Run { u, d: half_at(block, 0), m: 0, sc: 1, mc: 0 }
+        let (words, fifths) = (nibbles(&block[6..]), word_at(block, 2));
+        Run { words, fifths, d: half_at(block, 0), ..Run::default() }
     }
 }

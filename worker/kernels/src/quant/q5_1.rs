@@ -1,7 +1,7 @@
 //! Q5_1: `w = d * u + m`. In a file: f16 d, f16 m, 32 fifth bits, 16 bytes of nibbles.
 
 use super::Format;
-use super::blocks::{Blocks, Run, Scales, half_at, nibbles, with_fifth_bits};
+use super::blocks::{Blocks, Run, Scales, half_at, nibbles, word_at};
 
 pub(crate) struct Q5_1;
 
@@ -11,8 +11,10 @@ impl Blocks for Q5_1 {
     const ZERO: i32 = 0;
     const SCALES: Scales = Scales::Min;
 
+    #[inline(always)]
     fn run(block: &[u8], _: usize) -> Run {
-        let u = with_fifth_bits(nibbles(&block[8..]), &block[4..8]);
-        Run { u, d: half_at(block, 0), m: half_at(block, 2), sc: 1, mc: 1 }
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        let (words, fifths) = (nibbles(&block[8..]), word_at(block, 4));
+        Run { words, fifths, d, m, ..Run::default() }
     }
 }

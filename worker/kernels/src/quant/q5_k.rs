@@ -2,7 +2,7 @@
 //! and mc, 32 bytes whose i-th bits are the fifth bits of run i, 128 bytes of nibbles as in Q4_K.
 
 use super::Format;
-use super::blocks::{Blocks, Run, Scales, half_at};
+use super::blocks::{Blocks, Run, Scales, half_at, word_at};
 use super::q4_k::{pair_of_runs, scale_and_min};
 
 pub(crate) struct Q5K;
@@ -13,10 +13,22 @@ impl Blocks for Q5K {
     const ZERO: i32 = 0;
     const SCALES: Scales = Scales::Super;
 
+    #[inline(always)]
     fn run(block: &[u8], i: usize) -> Run {
         let (sc, mc) = scale_and_min(&block[4..16], i);
-        let (low, fifth) = (pair_of_runs(&block[48..], i), &block[16..48]);
-        let u = std::array::from_fn(|k| low[k] | ((fifth[k] >> i) & 1) << 4);
-        Run { u, d: half_at(block, 0), m: half_at(block, 2), sc, mc }
+        let (words, fifths) = (pair_of_runs(&block[48..], i), bits_of(&block[16..48], i));
+        Run { words, fifths, d: half_at(block, 0), m: half_at(block, 2), sc, mc }
     }
+}
+
+/// The i-th bits of 32 bytes.
+#[inline(always)]
+fn bits_of(bytes: &[u8], i: usize) -> u32 {
+    let mut bits = 0;
+    for j in 0..8 {
+        let four = (word_at(bytes, 4 * j) >> i) & 0x0101_0101;
+        // Byte k's bit goes to bit 24 + k of the product; no two sums meet, so nothing carries.
+        bits |= (four.wrapping_mul(0x0102_0408) >> 24 & 15) << (4 * j);
+    }
+    bits
 }

@@ -4,12 +4,17 @@
 //! j + half` is column `16 * half + 4 * j + i` of row `lane`: what `vpdpbusd` wants. 4- and 5-bit
 //! formats keep the vectors of a j as one: half 0 low, half 1 high; fifth bits are a mask of 64 for
 //! each vector.
+//!
+//! A tile is one record of bytes, so that whoever reads it reads one stream.
+
+use std::ops::Range;
 
 use half::f16;
 
-use super::blocks::{Blocks, RUN, Scales};
+use super::blocks::{Blocks, RUN, Run, Scales};
 use crate::linear::TileWeights;
-use crate::matrix::{Aligned, Source, TILE_ROWS};
+use crate::matrix::{Source, TILE_ROWS};
+use crate::memory::{Stretch, numbers};
 
 /// Runs of a super-block.
 const SUPER_RUNS: usize = 8;
@@ -17,24 +22,36 @@ const SUPER_RUNS: usize = 8;
 /// Bytes of a run's fifth bits, of all rows of a tile.
 pub(crate) const FIFTHS: usize = 64;
 
-/// Packed weights of a matrix. Empty where a format has no such thing.
-#[derive(Debug, Default)]
+/// Parts of a record begin on a cache line.
+const LINE: usize = 64;
+
+/// A block of any format, for the rows that the last tile lacks.
+const NO_ROW: [u8; 256] = [0; 256];
+
+/// Packed weights of a matrix: `[tile, record]`.
+#[derive(Debug)]
 pub(crate) struct Tiles {
-    /// `[tile, run, 256 or 512]`
-    quants: Aligned,
-    /// `[tile, run, 8 masks of 64]`
-    fifths: Aligned,
-    /// f16 bits: `[tile, run, 16]`, of super-blocks `[tile, super-block, 16]`.
-    d: Vec<u16>,
+    pub(crate) bytes: Stretch,
+    pub(crate) record: Record,
+}
+
+/// What stands where in a tile's bytes. Empty where a format has no such thing.
+#[derive(Debug, Clone)]
+pub(crate) struct Record {
+    /// `[run, 256 or 512]`
+    quants: Range<usize>,
+    /// `[run, 8 masks of 64]`
+    fifths: Range<usize>,
+    /// f16 bits: `[run, 16]`, of super-blocks `[super-block, 16]`.
+    d: Range<usize>,
     /// As `d`.
-    m: Vec<u16>,
-    /// `[tile, run, 16]`
-    sc: Vec<u8>,
-    /// `[tile, run, 16]`
-    mc: Vec<u8>,
+    m: Range<usize>,
+    /// `[run, 16]`
+    sc: Range<usize>,
+    /// `[run, 16]`
+    mc: Range<usize>,
+    len: usize,
     n_runs: usize,
-    /// Super-blocks that a row's runs touch.
-    n_supers: usize,
     /// Run of the first super-block at which rows begin: not 0 where a split fell inside it.
     first_run: usize,
 }
@@ -44,73 +61,124 @@ pub(crate) const fn quant_bytes(bits: usize) -> usize {
     if bits == 8 { 512 } else { 256 }
 }
 
-impl Tiles {
-    pub(crate) fn pack<B: Blocks>(rows: usize, columns: usize, source: &dyn Source) -> Self {
-        let runs_per_block = B::FORMAT.block_len() / RUN;
-        let mut tiles = Self::empty::<B>(rows, columns, source.first_column() / RUN);
-        for row in 0..rows {
-            let blocks = source.row_blocks(row);
-            for b in 0..tiles.n_runs {
-                let at = tiles.first_run + b;
-                let bytes = B::FORMAT.block_bytes();
-                let block = &blocks[at / runs_per_block * bytes..][..bytes];
-                tiles.put::<B>(row, b, &B::run(block, at % runs_per_block));
-            }
-        }
-        tiles
-    }
-
-    fn empty<B: Blocks>(rows: usize, columns: usize, first_run: usize) -> Self {
-        let n_runs = columns / RUN;
-        let n_tiles = rows.div_ceil(TILE_ROWS);
-        let n_supers = (first_run + n_runs).div_ceil(SUPER_RUNS);
+impl Record {
+    /// Of rows of `columns`, the first of which is `first_column` of a block.
+    pub(crate) fn new<B: Blocks>(columns: usize, first_column: usize) -> Self {
+        let (n_runs, first_run) = (columns / RUN, first_column / RUN);
         let is_super = B::SCALES == Scales::Super;
-        let n_scales = n_tiles * TILE_ROWS * if is_super { n_supers } else { n_runs };
-        let n_integers = if is_super { n_tiles * n_runs * TILE_ROWS } else { 0 };
-        let n_fifths = if B::BITS == 5 { n_tiles * n_runs * FIFTHS } else { 0 };
+        let n_scales = if is_super { (first_run + n_runs).div_ceil(SUPER_RUNS) } else { n_runs };
+        let scales = 2 * TILE_ROWS * n_scales;
+        let integers = if is_super { TILE_ROWS * n_runs } else { 0 };
+        let mut len = 0;
+        let mut part = |bytes: usize| {
+            let start = len;
+            len += bytes.next_multiple_of(LINE);
+            start..start + bytes
+        };
         Self {
-            quants: Aligned::zeroed(n_tiles * n_runs * quant_bytes(B::BITS)),
-            fifths: Aligned::zeroed(n_fifths),
-            d: vec![0; n_scales],
-            m: vec![0; if B::SCALES == Scales::Plain { 0 } else { n_scales }],
-            sc: vec![0; n_integers],
-            mc: vec![0; n_integers],
+            quants: part(n_runs * quant_bytes(B::BITS)),
+            fifths: part(if B::BITS == 5 { n_runs * FIFTHS } else { 0 }),
+            d: part(scales),
+            m: part(if B::SCALES == Scales::Plain { 0 } else { scales }),
+            sc: part(integers),
+            mc: part(integers),
+            len,
             n_runs,
-            n_supers,
             first_run,
         }
     }
 
-    fn put<B: Blocks>(&mut self, row: usize, b: usize, run: &super::blocks::Run) {
-        let (tile, lane) = (row / TILE_ROWS, row % TILE_ROWS);
-        let at = tile * self.n_runs + b;
-        let scale_at = match B::SCALES {
-            Scales::Plain | Scales::Min => at,
-            Scales::Super => {
-                self.sc[at * TILE_ROWS + lane] = run.sc;
-                self.mc[at * TILE_ROWS + lane] = run.mc;
-                tile * self.n_supers + (self.first_run + b) / SUPER_RUNS
+    /// Bytes of a tile.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Packs the tile whose first row is `first` into its bytes. Rows that there are not weigh
+    /// nothing.
+    pub(crate) fn pack<B: Blocks>(
+        &self,
+        source: &dyn Source,
+        rows: Range<usize>,
+        record: &mut [u8],
+    ) {
+        assert!(rows.len() <= TILE_ROWS && record.len() == self.len, "one tile, {rows:?}");
+        let blocks: [Option<&[u8]>; TILE_ROWS] = std::array::from_fn(|lane| {
+            (lane < rows.len()).then(|| source.row_blocks(rows.start + lane))
+        });
+        let (runs_per_block, size) = (B::FORMAT.block_len() / RUN, B::FORMAT.block_bytes());
+        for b in 0..self.n_runs {
+            let at = self.first_run + b;
+            let start = at / runs_per_block * size;
+            let mut runs = Runs::default();
+            for (lane, blocks) in blocks.iter().enumerate() {
+                let block = blocks.map_or(&NO_ROW[..size], |blocks| &blocks[start..start + size]);
+                runs.put(lane, &B::run(block, at % runs_per_block));
             }
-        };
-        self.d[scale_at * TILE_ROWS + lane] = run.d;
-        if B::SCALES != Scales::Plain {
-            self.m[scale_at * TILE_ROWS + lane] = run.m;
-        }
-        let bytes = quant_bytes(B::BITS);
-        let quants = &mut self.quants[at * bytes..(at + 1) * bytes];
-        for (k, &u) in run.u.iter().enumerate() {
-            let (vector, byte) = place(k, lane);
-            if B::BITS == 8 {
-                quants[vector * 64 + byte] = u;
-            } else {
-                quants[vector / 2 * 64 + byte] |= (u & 15) << (vector % 2 * 4);
-            }
-            if B::BITS == 5 && u & 16 != 0 {
-                self.fifths[at * FIFTHS + vector * 8 + byte / 8] |= 1 << (byte % 8);
-            }
+            self.store::<B>(&runs, b, record);
         }
     }
 
+    #[inline(always)]
+    fn store<B: Blocks>(&self, runs: &Runs, b: usize, record: &mut [u8]) {
+        let bytes = quant_bytes(B::BITS);
+        let quants = &mut record[self.quants.clone()][b * bytes..(b + 1) * bytes];
+        for (vector, words) in quants.chunks_exact_mut(64).zip(&runs.words) {
+            for (four, word) in vector.chunks_exact_mut(4).zip(words) {
+                four.copy_from_slice(&word.to_le_bytes());
+            }
+        }
+        if B::BITS == 5 {
+            let masks = &mut record[self.fifths.clone()][b * FIFTHS..(b + 1) * FIFTHS];
+            for (vector, mask) in masks.chunks_exact_mut(8).enumerate() {
+                let first = vector % 2 * 16 + vector / 2 * 4;
+                let four = |lane: usize| u64::from(runs.fifths[lane] >> first & 15) << (4 * lane);
+                let bits = (0..TILE_ROWS).fold(0, |bits, lane| bits | four(lane));
+                mask.copy_from_slice(&bits.to_le_bytes());
+            }
+        }
+        let mut scales = |part: &Range<usize>, b: usize, scales: &[u16; TILE_ROWS]| {
+            let part = &mut record[part.clone()][b * 2 * TILE_ROWS..(b + 1) * 2 * TILE_ROWS];
+            for (two, scale) in part.chunks_exact_mut(2).zip(scales) {
+                two.copy_from_slice(&scale.to_ne_bytes());
+            }
+        };
+        let scale = if B::SCALES == Scales::Super { (self.first_run + b) / SUPER_RUNS } else { b };
+        scales(&self.d, scale, &runs.d);
+        if B::SCALES != Scales::Plain {
+            scales(&self.m, scale, &runs.m);
+        }
+        if B::SCALES == Scales::Super {
+            let of_run = b * TILE_ROWS..(b + 1) * TILE_ROWS;
+            record[self.sc.clone()][of_run.clone()].copy_from_slice(&runs.sc);
+            record[self.mc.clone()][of_run].copy_from_slice(&runs.mc);
+        }
+    }
+}
+
+/// A run of 16 rows, its numbers by row.
+#[derive(Default)]
+struct Runs {
+    words: [[u32; TILE_ROWS]; 8],
+    fifths: [u32; TILE_ROWS],
+    d: [u16; TILE_ROWS],
+    m: [u16; TILE_ROWS],
+    sc: [u8; TILE_ROWS],
+    mc: [u8; TILE_ROWS],
+}
+
+impl Runs {
+    #[inline(always)]
+    fn put(&mut self, lane: usize, run: &Run) {
+        for (words, word) in self.words.iter_mut().zip(run.words) {
+            words[lane] = word;
+        }
+        self.fifths[lane] = run.fifths;
+        (self.d[lane], self.m[lane]) = (run.d, run.m);
+        (self.sc[lane], self.mc[lane]) = (run.sc, run.mc);
+    }
+}
+
+impl Tiles {
     /// One row as f32. A zero is +0.
     pub(crate) fn dequantise<B: Blocks>(&self, row: usize, out: &mut [f32]) {
         let w = self.tile::<B>(row / TILE_ROWS);
@@ -124,28 +192,17 @@ impl Tiles {
     }
 
     pub(crate) fn tile<B: Blocks>(&self, tile: usize) -> TileWeights<'_> {
-        let runs = tile * self.n_runs..(tile + 1) * self.n_runs;
-        let scales = match B::SCALES {
-            Scales::Plain | Scales::Min => runs.clone(),
-            Scales::Super => tile * self.n_supers..(tile + 1) * self.n_supers,
-        };
-        fn part<'a, T>(all: &'a [T], range: &std::ops::Range<usize>, each: usize) -> &'a [T] {
-            if all.is_empty() { all } else { &all[range.start * each..range.end * each] }
-        }
+        let of = &self.record;
+        let record = &self.bytes[tile * of.len..(tile + 1) * of.len];
         TileWeights {
-            quants: part(&self.quants, &runs, quant_bytes(B::BITS)),
-            fifths: part(&self.fifths, &runs, FIFTHS),
-            d: part(&self.d, &scales, TILE_ROWS),
-            m: part(&self.m, &scales, TILE_ROWS),
-            sc: part(&self.sc, &runs, TILE_ROWS),
-            mc: part(&self.mc, &runs, TILE_ROWS),
-            first_run: self.first_run,
+            quants: &record[of.quants.clone()],
+            fifths: &record[of.fifths.clone()],
+            d: numbers(&record[of.d.clone()]),
+            m: numbers(&record[of.m.clone()]),
+            sc: &record[of.sc.clone()],
+            mc: &record[of.mc.clone()],
+            first_run: of.first_run,
         }
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        let Self { quants, fifths, d, m, sc, mc, .. } = self;
-        quants.len() + fifths.len() + 2 * (d.len() + m.len()) + sc.len() + mc.len()
     }
 }
 

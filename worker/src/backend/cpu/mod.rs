@@ -29,13 +29,15 @@ const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
 /// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses
 /// another token than exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16
 /// both vanish, for twice the multiplications.
-const PRECISION: Precision = Precision::Int16;
+const PRECISION: Precision = Precision::Int12;
 
 /// A rank's packed weights.
 pub struct Cpu {
     weights: Arc<Weights>,
     options: Options,
     isa: Isa,
+    /// That packed the weights: each thread reads what it touched first.
+    pool: Pool,
 }
 
 impl Loaded for Cpu {
@@ -58,7 +60,7 @@ impl Loaded for Cpu {
     }
 
     fn into_backend(self: Box<Self>, n_kv_blocks: u32) -> Result<Box<dyn Backend>, Error> {
-        Ok(Box::new(Rank::new(self.weights, self.options, self.isa, n_kv_blocks as usize)))
+        Ok(Box::new(Rank::new(*self, n_kv_blocks as usize)))
     }
 }
 
@@ -82,7 +84,8 @@ struct Rank {
 }
 
 impl Rank {
-    fn new(weights: Arc<Weights>, options: Options, isa: Isa, n_kv_blocks: usize) -> Self {
+    fn new(loaded: Cpu, n_kv_blocks: usize) -> Self {
+        let Cpu { weights, options, isa, pool } = loaded;
         let program = &weights.program;
         let tokens = options.max_batch_tokens;
         let widest = program.buffers.iter().map(|b| b.columns).max().unwrap_or(0);
@@ -91,10 +94,10 @@ impl Rank {
         let new_cache = || KvCache::new(n_kv_blocks, program.n_kv_heads, program.head_dim);
         Self {
             isa,
-            pool: Pool::new(options.threads, options.spin),
+            pool,
             buffers,
             caches: (0..program.n_layers).map(|_| new_cache()).collect(),
-            activation: Activation::with_capacity(tokens * widest, PRECISION),
+            activation: Activation::with_capacity(tokens.max(options.max_sample_rows), widest, PRECISION),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             angles: Angles::new(weights.rope, tokens),
             sampled: vec![0.0; options.max_sample_rows * widest],

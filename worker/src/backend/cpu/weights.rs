@@ -1,10 +1,12 @@
 //! Loading for the CPU backend: slices of the checkpoint into packed matrices and f32 vectors.
 
-use std::sync::Arc;
+use std::ops::{ControlFlow, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use evener_kernels::matrix::Source;
+use evener_kernels::matrix::{Source, Unpacked, pack_all};
 use evener_kernels::quant::Format;
-use evener_kernels::{Isa, Matrix};
+use evener_kernels::{Isa, Matrix, Pool};
 
 use super::Cpu;
 use crate::backend::{LoadError, Options, Progress};
@@ -42,11 +44,11 @@ impl Weights {
     }
 }
 
-/// Reads and packs a rank's weights. `progress(done, total)` counts bytes of the file; it may stop
-/// the loading.
+/// Reads and packs a rank's weights, on all threads of the rank's pool. `progress(done, total)`
+/// counts bytes of the file; it may stop the loading.
 ///
 /// # Errors
-/// A tensor that is missing, misshapen or not finite, or a stop asked for.
+/// A tensor that is missing, misshapen or not finite, too little memory, or a stop asked for.
 pub fn load(
     checkpoint: &Checkpoint,
     program: Program,
@@ -55,41 +57,83 @@ pub fn load(
 ) -> Result<Cpu, LoadError> {
     let slices: Vec<Slice<'_>> =
         program.weights.iter().map(|weight| checkpoint.slice(weight)).collect::<Result<_, _>>()?;
-    let twins: Vec<_> = (0..slices.len()).map(|id| program.twin(WeightId(id))).collect();
-    let is_own = |(_, twin): &(&Slice<'_>, &Option<WeightId>)| twin.is_none();
-    let own = slices.iter().zip(&twins).filter(is_own);
-    let total: u64 = own.map(|(slice, _)| slice.n_bytes() as u64).sum();
-    let mut done = 0;
-    let (mut index, mut matrices, mut vectors) = (Vec::new(), Vec::new(), Vec::new());
-    for ((slice, twin), weight) in slices.iter().zip(&twins).zip(&program.weights) {
-        if let Some(twin) = twin {
+    let (mut index, mut vectors, mut unpacked) = (Vec::new(), Vec::new(), Vec::new());
+    let mut total = 0;
+    for (id, (slice, weight)) in slices.iter().zip(&program.weights).enumerate() {
+        if let Some(twin) = program.twin(WeightId(id)) {
             index.push(index[twin.0]);
             continue;
         }
-        slice.check_finite()?;
+        total += slice.n_bytes() as u64;
         match weight.role {
             Role::Vector => {
+                slice.check_finite(0..slice.rows)?;
                 let mut values = vec![0.0; slice.columns];
                 slice.dequantized_row(0, &mut values);
                 vectors.push(values);
                 index.push(vectors.len() - 1);
             }
             Role::Table | Role::Matrix => {
-                matrices.push(Matrix::pack(slice.rows, slice.columns, slice));
-                index.push(matrices.len() - 1);
+                unpacked.push(slice);
+                index.push(unpacked.len() - 1);
             }
         }
-        done += slice.n_bytes() as u64;
-        if progress(done, total).is_break() {
-            return Err(LoadError::Stopped);
-        }
+    }
+    let n_vector_bytes: usize = vectors.iter().map(|values: &Vec<f32>| 4 * values.len()).sum();
+    let mut pool = Pool::new(options.threads, options.spin);
+    let matrices = pack(&mut pool, &unpacked, n_vector_bytes as u64, total, progress)?;
+    if progress(total, total).is_break() {
+        return Err(LoadError::Stopped);
     }
     let rope = program.ops.iter().find_map(|op| match op {
         Op::RopeKv { rope, .. } => Some(*rope),
         _ => None,
     });
     let weights = Weights { rope, index, matrices, vectors, program };
-    Ok(Cpu { weights: Arc::new(weights), options: options.clone(), isa: Isa::detect() })
+    let isa = Isa::detect();
+    Ok(Cpu { weights: Arc::new(weights), options: options.clone(), isa, pool })
+}
+
+/// Packs slices, each looked over for what is not finite while it is read.
+fn pack(
+    pool: &mut Pool,
+    slices: &[&Slice<'_>],
+    done: u64,
+    total: u64,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<Matrix>, LoadError> {
+    let done = AtomicU64::new(done);
+    let progress = Mutex::new(progress);
+    let fault = OnceLock::new();
+    let admit = |thread, matrix: usize, rows: Range<usize>| {
+        let slice = slices[matrix];
+        let bytes = slice.row_bytes() * rows.len();
+        if let Err(error) = slice.check_finite(rows) {
+            let _ = fault.set(error); // one is enough
+            return ControlFlow::Break(());
+        }
+        let done = done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        // One voice; the others' bytes are in what it says next.
+        if thread > 0 {
+            return ControlFlow::Continue(());
+        }
+        let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+        progress(done, total)
+    };
+    let unpacked: Vec<_> = slices.iter().map(|slice| unpacked(slice)).collect();
+    let packed = pack_all(pool, &unpacked, &admit);
+    match (packed, fault.into_inner()) {
+        (_, Some(fault)) => Err(fault.into()),
+        (Ok(Some(matrices)), None) => Ok(matrices),
+        (Ok(None), None) => Err(LoadError::Stopped),
+        (Err(error), None) => {
+            Err(LoadError::Device { reason: format!("no memory for weights: {error}") })
+        }
+    }
+}
+
+fn unpacked<'a>(slice: &'a Slice<'_>) -> Unpacked<'a> {
+    Unpacked { rows: slice.rows, columns: slice.columns, source: slice }
 }
 
 impl Source for Slice<'_> {
