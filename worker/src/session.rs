@@ -269,6 +269,7 @@ impl Session {
                 max_sample_rows: max_sample_rows(max_running),
                 max_context: held.context_length,
                 spin: n_local_ranks * options.threads <= n_cores,
+                cores: Vec::new(),
             },
             max_running,
             max_waiting: options.max_waiting,

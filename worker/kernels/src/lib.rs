@@ -13,11 +13,13 @@ pub mod quant;
 
 pub mod activation;
 pub mod attention;
+pub mod cores;
 pub mod elementwise;
 pub mod isa;
 pub mod linear;
 pub mod matrix;
 pub mod norm;
+pub mod peaks;
 pub mod pool;
 pub mod rope;
 
