@@ -7,6 +7,9 @@
 
 use std::cmp::Ordering;
 
+use evener_kernels::Isa;
+use evener_kernels::peaks::{at_least, best};
+
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -50,6 +53,67 @@ pub enum Error {
 #[derive(Debug, Default)]
 pub struct Scratch {
     candidates: Vec<Candidate>,
+    peaks: Vec<f32>,
+}
+
+/// One row of logits, all of them finite, and where the likeliest stand.
+#[derive(Debug, Clone, Copy)]
+pub struct Row<'a> {
+    isa: Isa,
+    logits: &'a [f32],
+    peaks: &'a [f32],
+    best: usize,
+}
+
+impl Sampling {
+    /// The likeliest token, whatever the seed.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0 || self.top_k == 1
+    }
+}
+
+impl<'a> Row<'a> {
+    /// `logits`: `[vocab]`, not empty; `peaks`: its [`evener_kernels::peaks`].
+    ///
+    /// # Errors
+    /// The first logit that is NaN or infinite, which no healthy model computes.
+    ///
+    /// # Panics
+    /// If there are no logits.
+    pub fn new(isa: Isa, logits: &'a [f32], peaks: &'a [f32]) -> Result<Self, Error> {
+        let (best, value) = best(isa, logits, peaks).expect("a row has logits");
+        match value.is_finite() {
+            true => Ok(Self { isa, logits, peaks, best }),
+            false => Err(Error::NotFinite { token: best, value }),
+        }
+    }
+
+    /// Replaces the candidates by the `n` likeliest tokens, best first; of equals the lowest first.
+    fn likeliest(&self, n: usize, scratch: &mut Scratch) {
+        let Scratch { candidates, peaks } = scratch;
+        candidates.clear();
+        let candidate = |token, logit| Candidate { token, logit, weight: 0.0 };
+        if n == 0 {
+            return;
+        }
+        if n <= self.peaks.len() {
+            peaks.clear();
+            peaks.extend_from_slice(self.peaks);
+            // n logits are at least the n-th highest peak.
+            let (_, &mut least, _) = peaks.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a));
+            at_least(self.isa, self.logits, self.peaks, least, |token, logit| {
+                candidates.push(candidate(token as u32, logit));
+            });
+        } else {
+            candidates.extend((0u32..).zip(self.logits).map(|(t, &logit)| candidate(t, logit)));
+        }
+        if n < candidates.len() {
+            candidates.select_nth_unstable_by(n - 1, likelier);
+            candidates.truncate(n);
+        }
+        candidates.sort_unstable_by(likelier);
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -59,39 +123,24 @@ struct Candidate {
     weight: f64,
 }
 
-/// Refuses NaN and infinities, which no healthy model computes.
-///
-/// # Errors
-/// The first such logit.
-pub fn check(logits: &[f32]) -> Result<(), Error> {
-    match logits.iter().position(|logit| !logit.is_finite()) {
-        Some(token) => Err(Error::NotFinite { token, value: logits[token] }),
-        None => Ok(()),
-    }
-}
-
-/// The token at `position` of its sequence. `logits`: `[vocab]`, checked, not empty.
+/// The token at `position` of its sequence.
 #[must_use]
-pub fn sample(logits: &[f32], sampling: &Sampling, position: u32, scratch: &mut Scratch) -> u32 {
-    let best = argmax(logits);
-    if sampling.temperature <= 0.0 || sampling.top_k == 1 {
-        return best as u32;
+pub fn sample(row: &Row<'_>, sampling: &Sampling, position: u32, scratch: &mut Scratch) -> u32 {
+    if sampling.is_greedy() {
+        return row.best as u32;
     }
     let scale = 1.0 / f64::from(sampling.temperature);
-    let weight = |logit: f32| libm::exp((f64::from(logit) - f64::from(logits[best])) * scale);
-    let candidates = &mut scratch.candidates;
-    candidates.clear();
-    candidates.extend((0u32..).zip(logits).map(|(token, &logit)| Candidate {
-        token,
-        logit,
-        weight: 0.0,
-    }));
+    let highest = f64::from(row.logits[row.best]);
+    let weight = |logit: f32| libm::exp((f64::from(logit) - highest) * scale);
     let top_k = sampling.top_k as usize;
-    if top_k > 0 && top_k < candidates.len() {
-        candidates.select_nth_unstable_by(top_k - 1, likelier);
-        candidates.truncate(top_k);
-        candidates.sort_unstable_by(likelier);
+    if top_k > 0 && top_k < row.logits.len() {
+        row.likeliest(top_k, scratch);
+    } else {
+        scratch.candidates.clear();
+        let candidate = |(token, &logit)| Candidate { token, logit, weight: 0.0 };
+        scratch.candidates.extend((0u32..).zip(row.logits).map(candidate));
     }
+    let candidates = &mut scratch.candidates;
     let mut total = 0.0;
     for candidate in candidates.iter_mut() {
         candidate.weight = weight(candidate.logit);
@@ -101,17 +150,6 @@ pub fn sample(logits: &[f32], sampling: &Sampling, position: u32, scratch: &mut 
         total = keep_top_p(candidates, f64::from(sampling.top_p.max(0.0)) * total);
     }
     draw(candidates, uniform(sampling.seed, position) * total)
-}
-
-/// The likeliest token; of equals the lowest id.
-fn argmax(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = token;
-        }
-    }
-    best
 }
 
 /// By logit downwards, of equals the lower id first: a total order, so sorting has one result.
@@ -159,42 +197,29 @@ fn draw(candidates: &[Candidate], at: f64) -> u32 {
 /// Log-probabilities of one row of logits, of the unmodified distribution.
 #[derive(Debug, Clone, Copy)]
 pub struct LogSoftmax<'a> {
-    logits: &'a [f32],
+    row: Row<'a>,
     /// ln of the sum of exp(logit).
     norm: f64,
 }
 
 impl<'a> LogSoftmax<'a> {
     #[must_use]
-    pub fn new(logits: &'a [f32]) -> Self {
-        let max = f64::from(logits[argmax(logits)]);
-        let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - max)).sum();
-        Self { logits, norm: max + libm::log(sum) }
+    pub fn new(row: Row<'a>) -> Self {
+        let max = f64::from(row.logits[row.best]);
+        let sum: f64 = row.logits.iter().map(|&logit| libm::exp(f64::from(logit) - max)).sum();
+        Self { row, norm: max + libm::log(sum) }
     }
 
     #[must_use]
     pub fn of(&self, token: u32) -> f32 {
-        (f64::from(self.logits[token as usize]) - self.norm) as f32
+        (f64::from(self.row.logits[token as usize]) - self.norm) as f32
     }
 
     /// The `n` likeliest tokens, best first; of equals the lowest id first.
     #[must_use]
     pub fn top(&self, n: usize, scratch: &mut Scratch) -> Vec<(u32, f32)> {
-        let candidates = &mut scratch.candidates;
-        candidates.clear();
-        if n == 0 {
-            return Vec::new();
-        }
-        candidates.extend((0u32..).zip(self.logits).map(|(token, &logit)| Candidate {
-            token,
-            logit,
-            weight: 0.0,
-        }));
-        if n < candidates.len() {
-            candidates.select_nth_unstable_by(n - 1, likelier);
-            candidates.truncate(n);
-        }
-        candidates.sort_unstable_by(likelier);
+        self.row.likeliest(n, scratch);
+        let candidates = &scratch.candidates;
         candidates.iter().map(|candidate| (candidate.token, self.of(candidate.token))).collect()
     }
 }
@@ -229,6 +254,19 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use evener_kernels::peaks::{n_peaks, peaks_of};
+
+    fn peaks(logits: &[f32]) -> Vec<f32> {
+        let mut peaks = vec![0.0; n_peaks(logits.len())];
+        peaks_of(Isa::detect(), logits, &mut peaks);
+        peaks
+    }
+
+    fn sample(logits: &[f32], sampling: &Sampling, position: u32, scratch: &mut Scratch) -> u32 {
+        let peaks = peaks(logits);
+        let row = Row::new(Isa::detect(), logits, &peaks).unwrap();
+        super::sample(&row, sampling, position, scratch)
+    }
 
     /// Odds 8 : 4 : 2 : 1 : 1, not in order.
     fn logits() -> Vec<f32> {
@@ -362,7 +400,8 @@ mod tests {
     fn logprobs_are_of_the_unmodified_distribution() {
         let logits = logits();
         let mut scratch = Scratch::default();
-        let row = LogSoftmax::new(&logits);
+        let peaks_of_row = peaks(&logits);
+        let row = LogSoftmax::new(Row::new(Isa::detect(), &logits, &peaks_of_row).unwrap());
         assert!((row.of(1) - 0.5f32.ln()).abs() < 1e-6);
         let top = row.top(4, &mut scratch);
         assert_eq!(top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [1, 3, 0, 2]);
@@ -370,15 +409,35 @@ mod tests {
         assert_eq!(row.top(0, &mut scratch), []);
         assert_eq!(row.top(20, &mut scratch).len(), 5);
         let far = [1e30, 0.0];
-        assert_eq!(LogSoftmax::new(&far).of(0), 0.0);
+        let peaks_of_far = peaks(&far);
+        let row = Row::new(Isa::detect(), &far, &peaks_of_far).unwrap();
+        assert_eq!(LogSoftmax::new(row).of(0), 0.0);
     }
 
     #[test]
     fn broken_logits_are_named() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = check(&[0.0, value]).unwrap_err();
+            let logits = [0.0, value];
+            let error = Row::new(Isa::detect(), &logits, &peaks(&logits)).unwrap_err();
             assert!(matches!(error, Error::NotFinite { token: 1, .. }), "{error}");
         }
-        assert_eq!(check(&[f32::MAX, f32::MIN]), Ok(()));
+        let extremes = [f32::MAX, f32::MIN];
+        assert!(Row::new(Isa::detect(), &extremes, &peaks(&extremes)).is_ok());
+    }
+
+    #[test]
+    fn the_likeliest_are_those_that_sorting_all_gives() {
+        // Few values, so that equals fall on both sides of the cut.
+        let logits: Vec<f32> = (0u32..20_000).map(|i| (i * 7919 % 997) as f32 * 0.5 - 3.0).collect();
+        let mut sorted: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let peaks = peaks(&logits);
+        let row = Row::new(Isa::detect(), &logits, &peaks).unwrap();
+        let mut scratch = Scratch::default();
+        for n in [0, 1, 5, 20, 40, 319, 320, 321, 5000, 20_000, 30_000] {
+            row.likeliest(n, &mut scratch);
+            let got = scratch.candidates.iter().map(|c| (c.token, c.logit));
+            assert!(got.eq(sorted.iter().copied().take(n)), "{n}");
+        }
     }
 }
