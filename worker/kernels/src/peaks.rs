@@ -32,7 +32,8 @@ pub fn peaks(pool: &mut Pool, isa: Isa, logits: &[f32], columns: usize, out: &mu
         for (row, logits) in logits.chunks_exact(columns.max(1)).enumerate() {
             let first = row * n_stretches;
             // SAFETY: `part` gives each thread its own stretches of every row.
-            let out = unsafe { out.range((first + mine.start) * LANES..(first + mine.end) * LANES) };
+            let out =
+                unsafe { out.range((first + mine.start) * LANES..(first + mine.end) * LANES) };
             let end = columns.min(mine.end * STRETCH);
             peaks_of(isa, &logits[mine.start * STRETCH..end], out);
         }

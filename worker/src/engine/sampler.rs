@@ -428,7 +428,8 @@ mod tests {
     #[test]
     fn the_likeliest_are_those_that_sorting_all_gives() {
         // Few values, so that equals fall on both sides of the cut.
-        let logits: Vec<f32> = (0u32..20_000).map(|i| (i * 7919 % 997) as f32 * 0.5 - 3.0).collect();
+        let logits: Vec<f32> =
+            (0u32..20_000).map(|i| (i * 7919 % 997) as f32 * 0.5 - 3.0).collect();
         let mut sorted: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
         sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let peaks = peaks(&logits);

@@ -59,7 +59,9 @@ mod tests {
 
     #[test]
     fn angles_do_not_depend_on_when_and_by_whom_they_were_made() {
-        let rope = || Some(Rope { dim: 8, theta: 10_000.0, pairs: crate::model::config::RopePairs::Halves });
+        let rope = || {
+            Some(Rope { dim: 8, theta: 10_000.0, pairs: crate::model::config::RopePairs::Halves })
+        };
         let mut at_once = Angles::new(rope(), 600);
         at_once.extend(&mut Pool::new(1, false), 600);
         let (mut bit_by_bit, mut pool) = (Angles::new(rope(), 600), Pool::new(2, false));
