@@ -22,6 +22,7 @@ pub mod norm;
 pub mod peaks;
 pub mod pool;
 pub mod rope;
+pub mod softmax;
 
 mod lanes;
 mod math;

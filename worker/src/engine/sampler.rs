@@ -2,13 +2,14 @@
 //! position).
 //!
 //! Random numbers come from a counter, not from a state, so that a sequence resumed elsewhere with
-//! its tokens so far goes on with the tokens it would have had. Exponentials are `libm`'s and sums
-//! are f64 in a fixed order, so that two machines agree.
+//! its tokens so far goes on with the tokens it would have had. Exponentials are our own or `libm`'s
+//! and sums are f64 in a fixed order, so that two machines agree.
 
 use std::cmp::Ordering;
 
 use evener_kernels::Isa;
-use evener_kernels::peaks::{at_least, best};
+use evener_kernels::peaks::{STRETCH, at_least, best};
+use evener_kernels::softmax::{weigh, weight};
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,6 +55,9 @@ pub enum Error {
 pub struct Scratch {
     candidates: Vec<Candidate>,
     peaks: Vec<f32>,
+    /// Of a whole row, and their sum by stretch.
+    weights: Vec<f32>,
+    sums: Vec<f64>,
 }
 
 /// One row of logits, all of them finite, and where the likeliest stand.
@@ -91,7 +95,7 @@ impl<'a> Row<'a> {
 
     /// Replaces the candidates by the `n` likeliest tokens, best first; of equals the lowest first.
     fn likeliest(&self, n: usize, scratch: &mut Scratch) {
-        let Scratch { candidates, peaks } = scratch;
+        let Scratch { candidates, peaks, .. } = scratch;
         candidates.clear();
         let candidate = |token, logit| Candidate { token, logit, weight: 0.0 };
         if n == 0 {
@@ -114,6 +118,27 @@ impl<'a> Row<'a> {
         }
         candidates.sort_unstable_by(likelier);
     }
+
+    /// Replaces the candidates by the likeliest tokens whose weights, which are there, reach
+    /// `enough` together, and returns their sum.
+    fn nucleus(&self, enough: f64, scratch: &mut Scratch) -> f64 {
+        // Usually a few tokens: a short head first, and longer ones only if need be.
+        let mut n = 64;
+        loop {
+            self.likeliest(n, scratch);
+            let Scratch { candidates, weights, .. } = &mut *scratch;
+            for candidate in candidates.iter_mut() {
+                candidate.weight = weights[candidate.token as usize].into();
+            }
+            if let Some(sum) = keep_top_p(candidates, enough) {
+                return sum;
+            }
+            if n >= self.logits.len() {
+                return candidates.iter().map(|candidate| candidate.weight).sum();
+            }
+            n *= 8;
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -129,27 +154,32 @@ pub fn sample(row: &Row<'_>, sampling: &Sampling, position: u32, scratch: &mut S
     if sampling.is_greedy() {
         return row.best as u32;
     }
-    let scale = 1.0 / f64::from(sampling.temperature);
-    let highest = f64::from(row.logits[row.best]);
-    let weight = |logit: f32| libm::exp((f64::from(logit) - highest) * scale);
-    let top_k = sampling.top_k as usize;
-    if top_k > 0 && top_k < row.logits.len() {
+    let scale = (1.0 / sampling.temperature).min(f32::MAX);
+    let highest = row.logits[row.best];
+    let (n, top_k, top_p) = (row.logits.len(), sampling.top_k as usize, f64::from(sampling.top_p));
+    let uniform = uniform(sampling.seed, position);
+    if top_k > 0 && top_k < n {
         row.likeliest(top_k, scratch);
-    } else {
-        scratch.candidates.clear();
-        let candidate = |(token, &logit)| Candidate { token, logit, weight: 0.0 };
-        scratch.candidates.extend((0u32..).zip(row.logits).map(candidate));
+        let mut total = 0.0;
+        for candidate in &mut scratch.candidates {
+            candidate.weight = weight(candidate.logit, highest, scale).into();
+            total += candidate.weight;
+        }
+        if top_p < 1.0 {
+            total = keep_top_p(&mut scratch.candidates, top_p * total).unwrap_or(total);
+        }
+        return draw(&scratch.candidates, uniform * total);
     }
-    let candidates = &mut scratch.candidates;
-    let mut total = 0.0;
-    for candidate in candidates.iter_mut() {
-        candidate.weight = weight(candidate.logit);
-        total += candidate.weight;
+    let Scratch { weights, sums, .. } = scratch;
+    weights.resize(n, 0.0);
+    sums.resize(n.div_ceil(STRETCH), 0.0);
+    weigh(row.isa, row.logits, highest, scale, weights, sums);
+    let total: f64 = sums.iter().sum();
+    if top_p < 1.0 {
+        let total = row.nucleus(top_p * total, scratch);
+        return draw(&scratch.candidates, uniform * total);
     }
-    if sampling.top_p < 1.0 {
-        total = keep_top_p(candidates, f64::from(sampling.top_p.max(0.0)) * total);
-    }
-    draw(candidates, uniform(sampling.seed, position) * total)
+    draw_of_all(weights, sums, uniform * total)
 }
 
 /// By logit downwards, of equals the lower id first: a total order, so sorting has one result.
@@ -157,27 +187,41 @@ fn likelier(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
 }
 
-/// Keeps the likeliest candidates whose weights reach `enough` together, at least one, in order,
-/// and returns their sum (Holtzman et al. 2020, section 3.1).
-fn keep_top_p(candidates: &mut Vec<Candidate>, enough: f64) -> f64 {
-    // The nucleus is usually a few tokens: sort a short head first, and longer ones only if need
-    // be.
-    let mut head = 64.min(candidates.len());
-    loop {
-        if head < candidates.len() {
-            candidates.select_nth_unstable_by(head, likelier);
+/// Keeps of candidates in order those whose weights reach `enough` together, at least one, and
+/// returns their sum (Holtzman et al. 2020, section 3.1); none if all of them do not.
+fn keep_top_p(candidates: &mut Vec<Candidate>, enough: f64) -> Option<f64> {
+    let mut sum = 0.0;
+    for n in 0..candidates.len() {
+        sum += candidates[n].weight;
+        if sum >= enough {
+            candidates.truncate(n + 1);
+            return Some(sum);
         }
-        candidates[..head].sort_unstable_by(likelier);
-        let mut sum = 0.0;
-        for n in 0..head {
-            sum += candidates[n].weight;
-            if sum >= enough || n + 1 == candidates.len() {
-                candidates.truncate(n + 1);
-                return sum;
+    }
+    None
+}
+
+/// The token in whose stretch of the summed weights `at` falls, all tokens in order of their ids.
+fn draw_of_all(weights: &[f32], sums: &[f64], at: f64) -> u32 {
+    let (mut first, mut before, mut end) = (0, 0.0, 0.0);
+    for (stretch, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        (first, before) = (stretch * STRETCH, end);
+        end += sum;
+        if at < end {
+            break;
+        }
+    }
+    let mut drawn = first;
+    for (token, &weight) in (first..).zip(&weights[first..]).take(STRETCH) {
+        if weight > 0.0 {
+            drawn = token; // rounding may leave `at` at the very end: the last that has any weight
+            before += f64::from(weight);
+            if at < before {
+                break;
             }
         }
-        head = (head * 8).min(candidates.len());
     }
+    drawn as u32
 }
 
 /// The candidate in whose stretch of the summed weights `at` falls.
@@ -363,23 +407,43 @@ mod tests {
     fn a_wide_nucleus_is_the_same_as_sorting_all() {
         let logits: Vec<f32> = (0..5000).map(|i| ((i * 7919 % 5000) as f32) * 1e-4).collect();
         let mut scratch = Scratch::default();
-        let mut sorted: Vec<Candidate> = (0u32..)
-            .zip(&logits)
-            .map(|(token, &logit)| Candidate { token, logit, weight: libm::exp(logit.into()) })
-            .collect();
-        sorted.sort_by(likelier);
-        let total: f64 = sorted.iter().map(|candidate| candidate.weight).sum();
-        for top_p in [0.001, 0.02, 0.3, 0.9] {
-            let mut kept = sorted.clone();
-            kept.reverse();
-            let sum = keep_top_p(&mut kept, top_p * total);
-            let tokens = |list: &[Candidate]| list.iter().map(|c| c.token).collect::<Vec<_>>();
-            assert_eq!(tokens(&kept), tokens(&sorted[..kept.len()]), "{top_p}");
+        let peaks = peaks(&logits);
+        let row = Row::new(Isa::detect(), &logits, &peaks).unwrap();
+        let highest = logits[row.best];
+        scratch.weights = logits.iter().map(|&logit| weight(logit, highest, 1.0)).collect();
+        let mut sorted: Vec<u32> = (0..5000).collect();
+        sorted.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+        let total: f64 = scratch.weights.iter().map(|&weight| f64::from(weight)).sum();
+        for top_p in [0.001, 0.02, 0.3, 0.9, 1.1] {
+            let sum = row.nucleus(top_p * total, &mut scratch);
+            let kept = &scratch.candidates;
+            assert!(kept.iter().map(|c| c.token).eq(sorted[..kept.len()].iter().copied()));
             let less: f64 = sum - kept.last().unwrap().weight;
-            assert!(sum >= top_p * total && less < top_p * total + 1e-9, "{top_p}");
+            let is_whole = kept.len() == 5000;
+            assert!((is_whole || sum >= top_p * total) && less < top_p * total + 1e-9, "{top_p}");
+            assert_eq!(is_whole, top_p > 1.0);
         }
         let sampling = Sampling { temperature: 1.0, top_p: 0.9999, ..Sampling::default() };
         assert!(sample(&logits, &sampling, 3, &mut scratch) < 5000);
+    }
+
+    #[test]
+    fn a_draw_of_all_falls_where_the_weights_say() {
+        let weights: Vec<f32> = (0..3000).map(|i| if i % 7 == 3 { 0.5 } else { 0.0 }).collect();
+        let sums: Vec<f64> =
+            weights.chunks(STRETCH).map(|s| s.iter().map(|&w| f64::from(w)).sum()).collect();
+        let n = weights.iter().filter(|&&weight| weight > 0.0).count();
+        for i in 0..n {
+            let token = draw_of_all(&weights, &sums, 0.5 * i as f64 + 0.25);
+            assert_eq!(token as usize, 7 * i + 3);
+        }
+        let last = 7 * (n as u32 - 1) + 3;
+        assert_eq!(draw_of_all(&weights, &sums, 1e9), last, "past the end by rounding");
+        let mut one = vec![0.0f32; 2100];
+        one[1030] = 1.0;
+        assert_eq!(draw_of_all(&one, &[0.0, 1.0, 0.0], 1.0), 1030);
+        let two = [0.5f32, 0.25, 0.0];
+        assert_eq!(draw_of_all(&two, &[0.75], 0.75), 1);
     }
 
     #[test]
