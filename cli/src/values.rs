@@ -32,6 +32,63 @@ impl fmt::Display for Shares {
     }
 }
 
+/// Cores, written `auto`, `none` or as a list such as `0-3,8`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cores {
+    Auto,
+    None,
+    List(Vec<usize>),
+}
+
+/// Above any core's number.
+const MAX_CORES: usize = 1024;
+
+impl FromStr for Cores {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => return Ok(Self::Auto),
+            "none" => return Ok(Self::None),
+            _ => {}
+        }
+        let mut cores = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            match (first.trim().parse::<usize>(), last.trim().parse::<usize>()) {
+                (Ok(first), Ok(last)) if first <= last && last < MAX_CORES => {
+                    cores.extend(first..=last);
+                }
+                _ => {
+                    return Err(format!(
+                        "`{part}` in `{text}` names no cores; write auto, none, or numbers and \
+                         ranges below {MAX_CORES} such as 0-3,8"
+                    ));
+                }
+            }
+        }
+        let mut sorted = cores.clone();
+        sorted.sort_unstable();
+        match sorted.windows(2).find(|two| two[0] == two[1]) {
+            Some(twice) => Err(format!("core {} is twice in `{text}`", twice[0])),
+            None => Ok(Self::List(cores)),
+        }
+    }
+}
+
+impl fmt::Display for Cores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::None => f.write_str("none"),
+            Self::List(cores) => {
+                let parts: Vec<String> = cores.iter().map(usize::to_string).collect();
+                f.write_str(&parts.join(","))
+            }
+        }
+    }
+}
+
 /// A number of bytes, written `1.5GiB`, `512MiB`, `64MB` or plain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
@@ -155,7 +212,7 @@ macro_rules! written_as_text {
         }
     )*};
 }
-written_as_text!(Shares, Registry);
+written_as_text!(Shares, Registry, Cores);
 
 impl Serialize for Bytes {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -178,6 +235,16 @@ mod tests {
         assert_eq!("3:2:2".parse::<Shares>().unwrap(), Shares(vec![3, 2, 2]));
         for bad in ["", ":", "2:", "1:0", "a:1", "-1", "1.5"] {
             assert!(bad.parse::<Shares>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn cores_are_numbers_and_ranges_named_once() {
+        for (text, same) in [("auto", "auto"), ("none", "none"), ("3", "3"), ("0-2,7", "0,1,2,7")] {
+            assert_eq!(text.parse::<Cores>().unwrap().to_string(), same);
+        }
+        for bad in ["", "a", "1-", "3-1", "0,0", "0-2,1", "1024", "-1"] {
+            assert!(bad.parse::<Cores>().is_err(), "{bad:?} was accepted");
         }
     }
 

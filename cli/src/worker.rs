@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::models;
 use crate::signals;
-use crate::values::{Backend, Bytes, Registry, Transport};
+use crate::values::{Backend, Bytes, Cores, Registry, Transport};
 
 const EXAMPLES: &str = "Examples:
   evener worker --model SmolLM2-135M-Instruct.Q4_1.gguf --registry embedded://127.0.0.1:8081
@@ -56,6 +56,10 @@ pub struct Options {
     /// Threads that compute; default: one per core.
     #[arg(long, env = "EVENER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// Cores of the threads, one each: a list such as 0-3, none (the system chooses), or auto (all
+    /// cores, if it has a thread for each and is alone in its group on this host).
+    #[arg(long, env = "EVENER_CORES", value_name = "LIST", default_value = "auto")]
+    pub cores: Cores,
     /// How ranks of one host exchange partial sums.
     #[arg(long, env = "EVENER_TRANSPORT", value_enum, default_value_t = Transport::Auto)]
     pub transport: Transport,
@@ -107,6 +111,11 @@ impl Options {
             Backend::Reference => backend::Kind::Reference,
         };
         options.threads = self.threads.unwrap_or(cores);
+        options.cores = match self.cores {
+            Cores::Auto => config::Cores::Auto,
+            Cores::None => config::Cores::Anywhere,
+            Cores::List(cores) => config::Cores::On(cores),
+        };
         options.transport = match self.transport {
             Transport::Auto => config::Transport::Auto,
             Transport::Tcp => config::Transport::Tcp,

@@ -246,6 +246,7 @@ fn unsafe_stays_behind_its_fences() {
         "worker/kernels/",
         "worker/collective/",
         "worker/src/checkpoint/bytes.rs",
+        "worker/tests/allocations.rs",
         "cli/src/children.rs",
     ];
     for under in ["proto/src", "coordinator/src", "worker", "cli/src", "tests"] {

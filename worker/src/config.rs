@@ -27,6 +27,7 @@ pub struct Options {
     pub backend: backend::Kind,
     /// Threads of a step, at least 1.
     pub threads: usize,
+    pub cores: Cores,
     /// Memory for the KV cache, bytes; none: enough for `max_running` sequences of full context,
     /// but at most a quarter of the available memory, shared by the ranks of this host.
     pub kv_memory_bytes: Option<u64>,
@@ -48,6 +49,18 @@ pub struct Options {
     pub drain_timeout: Duration,
 }
 
+/// Where a worker's threads run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cores {
+    /// On one core each, if this worker is alone in its group on this host and has as many threads
+    /// as it may use cores; else anywhere.
+    Auto,
+    /// Wherever the system puts them.
+    Anywhere,
+    /// One thread on each of the first; at least as many as threads.
+    On(Vec<usize>),
+}
+
 /// A model file and the name it is served under.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Model {
@@ -62,6 +75,8 @@ pub enum Error {
     OutOfRange { option: &'static str, got: usize, allowed: &'static str },
     #[error("no model is given; a worker needs at least one")]
     NoModel,
+    #[error("{threads} threads cannot be on {cores} cores; name one core for each")]
+    TooFewCores { threads: usize, cores: usize },
     #[error("two models are named `{name}`; give one of them another name")]
     TwoModels { name: ModelName },
 }
@@ -79,6 +94,7 @@ impl Options {
             models,
             backend: backend::Kind::Cpu,
             threads: 1,
+            cores: Cores::Auto,
             kv_memory_bytes: None,
             max_running: 32,
             max_waiting: 256,
@@ -108,6 +124,11 @@ impl Options {
             if !range.contains(&got) {
                 return Err(Error::OutOfRange { option, got, allowed });
             }
+        }
+        if let Cores::On(cores) = &self.cores
+            && cores.len() < self.threads
+        {
+            return Err(Error::TooFewCores { threads: self.threads, cores: cores.len() });
         }
         if self.models.is_empty() {
             return Err(Error::NoModel);
@@ -139,6 +160,7 @@ mod tests {
         check(|o| o.threads = 0, "threads is 0");
         check(|o| o.max_batch_tokens = 1 << 17, "max_batch_tokens is 131072");
         check(|o| o.models.clear(), "at least one");
+        check(|o| o.cores = Cores::On(Vec::new()), "1 threads cannot be on 0 cores");
         check(|o| o.models.push(o.models[0].clone()), "named `a`");
     }
 }

@@ -225,6 +225,7 @@ impl Life {
         let left = self.spec.join_timeout.saturating_sub(began.elapsed());
         let join_deadline = left.max(self.spec.step_timeout);
         mesh.set_step_timeout(join_deadline);
+        self.take_core();
         let loaded = device.as_ref().expect("connect_and_load left it there");
         let kv_blocks = loaded.capacity(&self.spec)?;
         let limits = self.agree(&mut mesh, kv_blocks)?;
@@ -258,6 +259,14 @@ impl Life {
             *device = Some(Box::new(Device { key, about, form }));
         }
         Ok(result?)
+    }
+
+    /// This thread is thread 0 of the rank. Not earlier: threads that it starts inherit its core.
+    fn take_core(&self) {
+        let Some(&core) = self.spec.backend_options.cores.first() else { return };
+        if let Err(error) = evener_kernels::cores::pin(&[core]) {
+            tracing::warn!(core, %error, "not pinned; threads run anywhere");
+        }
     }
 
     /// Waits for the thread of the epoch before and takes its weights over, if they are the same.

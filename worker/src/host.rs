@@ -25,6 +25,29 @@ pub fn processor() -> String {
     name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }
 
+/// Cores that this process may use, in the order in which to take them: one of each physical core
+/// before its siblings.
+#[must_use]
+pub fn cores() -> Vec<usize> {
+    let mut cores = evener_kernels::cores::allowed();
+    let sibling = |core: &usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
+        n_before(&read(&path), *core)
+    };
+    cores.sort_by_cached_key(sibling); // stable: else ascending
+    cores
+}
+
+/// How many cores of a list such as `0-1,8` come before `core`.
+fn n_before(list: &str, core: usize) -> usize {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        first.trim().parse().ok().zip(last.trim().parse().ok())
+    };
+    let ranges = list.split(',').filter_map(range);
+    ranges.map(|(first, last): (usize, usize)| core.min(last + 1).saturating_sub(first)).sum()
+}
+
 fn read(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
@@ -32,6 +55,18 @@ fn read(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn siblings_come_after_all_physical_cores() {
+        assert_eq!([0, 4].map(|core| n_before("0,4", core)), [0, 1]);
+        assert_eq!([2, 3].map(|core| n_before("2-3", core)), [0, 1]);
+        assert_eq!([0, 1, 8, 9].map(|core| n_before("0-1,8-9", core)), [0, 1, 2, 3]);
+        assert_eq!(n_before("", 7), 0);
+        let (mut cores, mut allowed) = (cores(), evener_kernels::cores::allowed());
+        cores.sort_unstable();
+        allowed.sort_unstable();
+        assert_eq!(cores, allowed);
+    }
 
     #[test]
     fn a_host_knows_itself() {

@@ -7,7 +7,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod epoch;
-mod host;
+pub mod host;
 pub mod metrics;
 pub mod model;
 pub mod registration;

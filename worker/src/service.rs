@@ -338,7 +338,7 @@ fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
 }
 
 fn event(event: Event) -> proto::SequenceEvent {
-    let Event { request_id, tokens, prompt_tokens, end } = event;
+    let Event { request_id, token, prompt_tokens, end } = event;
     let finish = match end {
         Some(End::Refused(refusal)) => {
             let kind = match refusal {
@@ -357,7 +357,7 @@ fn event(event: Event) -> proto::SequenceEvent {
     };
     proto::SequenceEvent {
         request_id,
-        tokens: tokens.into_iter().map(token_out).collect(),
+        tokens: token.into_iter().map(token_out).collect(),
         finish: finish.into(),
         error: None,
         prompt_tokens: prompt_tokens.into_iter().map(token_out).collect(),

@@ -14,9 +14,10 @@ use tokio::sync::watch;
 
 use crate::backend;
 use crate::checkpoint::Checkpoint;
-use crate::config;
+use crate::config::{self, Cores};
 use crate::engine::Handle;
 use crate::epoch::{Ended, Epoch, Handover, Life, Progress, Spec, max_sample_rows};
+use crate::host;
 use crate::metrics::Figures;
 use crate::model::shard;
 
@@ -269,6 +270,7 @@ impl Session {
                 max_sample_rows: max_sample_rows(max_running),
                 max_context: held.context_length,
                 spin: n_local_ranks * options.threads <= n_cores,
+                cores: cores_of(options, n_local_ranks),
             },
             max_running,
             max_waiting: options.max_waiting,
@@ -410,5 +412,18 @@ async fn end(epoch: &Epoch, reason: &str) {
     epoch.abort.abort(reason);
     if tokio::time::timeout(ABORT_GRACE, progress.wait_for(has_ended)).await.is_err() {
         tracing::warn!(epoch = epoch.number, "an aborted epoch has not ended yet");
+    }
+}
+
+/// Core of each thread; none where the system is to choose.
+fn cores_of(options: &config::Options, n_local_ranks: usize) -> Vec<usize> {
+    match &options.cores {
+        Cores::Anywhere => Vec::new(),
+        Cores::On(cores) => cores[..options.threads].to_vec(),
+        Cores::Auto => {
+            let cores = host::cores();
+            let fits = n_local_ranks == 1 && options.threads == cores.len();
+            if fits { cores } else { Vec::new() }
+        }
     }
 }

@@ -15,7 +15,7 @@ use super::progress::Progress;
 use crate::children::{self, Child, Exit, Spec};
 use crate::client::Client;
 use crate::signals::Signals;
-use crate::values;
+use crate::values::{self, Cores};
 use crate::view::View;
 
 /// How often readiness and progress are asked for while starting.
@@ -345,6 +345,10 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
             ("--backend", &values::flag(shape.backend)),
             ("--transport", &values::flag(shape.transport)),
             ("--threads", &plan.threads.to_string()),
+            (
+                "--cores",
+                &plan.cores.get(rank).map_or(Cores::None, |c| Cores::List(c.clone())).to_string(),
+            ),
             ("--drain-timeout", &drain),
         ]);
         worker.insert(0, "worker".into());

@@ -23,7 +23,7 @@ pub use progress::Progress;
 
 use crate::client::Sampling;
 use crate::signals::Signals;
-use crate::values::{Backend, Bytes, Registry, Shares, Transport};
+use crate::values::{Backend, Bytes, Cores, Registry, Shares, Transport};
 
 const EXAMPLES: &str = "Examples:
   evener up --model model.gguf                              two equal workers
@@ -55,6 +55,10 @@ pub struct Shape {
     /// Threads of each worker; default: the cores divided by the workers, at least 1.
     #[arg(long, env = "EVENER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// Cores to deal out to the workers' threads, one each: a list such as 0-3, auto (all that this
+    /// process may use, if there are enough), or none (the system chooses).
+    #[arg(long, env = "EVENER_CORES", value_name = "LIST", default_value = "auto")]
+    pub cores: Cores,
     /// Where membership and load stand: embedded (in the coordinator) or
     /// etcd://HOST:PORT,....
     #[arg(long, env = "EVENER_REGISTRY", default_value = "embedded")]

@@ -10,13 +10,14 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use evener_proto::ids::ModelName;
 use evener_worker::checkpoint::Checkpoint;
+use evener_worker::host;
 use evener_worker::model::shard;
 
 use super::Shape;
 use crate::models;
 use crate::plan;
 use crate::ports::{self, Reserved};
-use crate::values::{Bytes, Registry};
+use crate::values::{Bytes, Cores, Registry};
 
 /// Longest wait for one address of etcd.
 const ETCD_TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,6 +36,8 @@ pub struct Plan {
     pub shares: Vec<u32>,
     /// Of each worker.
     pub threads: usize,
+    /// Of each worker, as many as threads; none where the system chooses.
+    pub cores: Vec<Vec<usize>>,
     /// Of each rank's weights, bytes.
     pub weight_bytes: Vec<u64>,
     /// What `--memory` leaves each rank for its KV cache, bytes; empty where the workers choose.
@@ -48,6 +51,7 @@ impl Plan {
     pub fn check(shape: &Shape, listen: SocketAddr) -> anyhow::Result<Self> {
         let shares = shares(shape)?;
         let threads = threads(shape, shares.len())?;
+        let cores = cores(&shape.cores, threads, shares.len())?;
         let model = models::resolve(&shape.model)?;
         let name = models::served_name(&model, shape.name.as_deref())?;
         let checkpoint = Checkpoint::open(&model).context("the model cannot be served")?;
@@ -69,7 +73,18 @@ impl Plan {
             ),
         };
         let shape = shape.clone();
-        Ok(Self { shape, model, name, shares, threads, weight_bytes, kv_bytes, http, registry })
+        Ok(Self {
+            shape,
+            model,
+            name,
+            shares,
+            threads,
+            cores,
+            weight_bytes,
+            kv_bytes,
+            http,
+            registry,
+        })
     }
 }
 
@@ -103,6 +118,27 @@ fn threads(shape: &Shape, n_workers: usize) -> anyhow::Result<usize> {
         Some(n) => Ok(n),
         None => Ok((cores / n_workers).max(1)),
     }
+}
+
+/// Deals cores out: disjoint runs, if there is one for each thread.
+fn cores(asked: &Cores, threads: usize, n_workers: usize) -> anyhow::Result<Vec<Vec<usize>>> {
+    let needed = threads * n_workers;
+    let cores = match asked {
+        Cores::None => return Ok(Vec::new()),
+        Cores::Auto => host::cores(),
+        Cores::List(cores) if cores.len() < needed => bail!(
+            "--cores {asked} names {} cores and {n_workers} workers with {threads} threads each \
+             need {needed}; name more cores, or write none",
+            cores.len()
+        ),
+        Cores::List(cores) => cores.clone(),
+    };
+    let fits = needed <= cores.len();
+    Ok(if fits {
+        cores.chunks(threads).take(n_workers).map(<[_]>::to_vec).collect()
+    } else {
+        Vec::new()
+    })
 }
 
 /// Whether any member of the etcd cluster answers now. Later it may come and go.
@@ -172,4 +208,22 @@ fn available_memory() -> Option<u64> {
     };
     let group = read("memory.max").zip(read("memory.current"));
     Some(group.map_or(machine, |(max, used)| machine.min(max.saturating_sub(used))))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_worker_gets_cores_of_its_own_or_none_does() {
+        let list = |cores: &[usize]| Cores::List(cores.to_vec());
+        let dealt = cores(&list(&[4, 5, 6, 7, 9]), 2, 2).unwrap();
+        assert_eq!(dealt, [[4, 5], [6, 7]]);
+        assert!(cores(&Cores::None, 1, 1).unwrap().is_empty());
+        assert!(cores(&Cores::Auto, 1000, 1000).unwrap().is_empty());
+        assert_eq!(cores(&Cores::Auto, 1, 1).unwrap(), [[host::cores()[0]]]);
+        let error = cores(&list(&[0, 1]), 1, 3).unwrap_err().to_string();
+        assert!(error.contains("need 3"), "{error}");
+    }
 }

@@ -9,9 +9,10 @@ use crate::poll::{self, pollfd};
 use crate::{AbortHandle, Error, Options, Stats};
 use std::time::{Duration, Instant};
 
-/// A wait spins this long, then yields the core, then sleeps.
-const SPIN: Duration = Duration::from_micros(30);
-const YIELD: Duration = Duration::from_millis(1);
+/// A wait spins this long, unless ranks outnumber cores: longer than a lead takes between two steps.
+/// Then it yields the core, and at last it sleeps.
+const SPIN: Duration = Duration::from_micros(200);
+const YIELD: Duration = Duration::from_millis(2);
 /// A sleep is cut into slices: whatever a wake-up might miss is found within one.
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -174,9 +175,7 @@ impl Fabric {
             });
         }
         if self.options.spin && idle < SPIN {
-            for _ in 0..8 {
-                std::hint::spin_loop();
-            }
+            std::hint::spin_loop();
         } else if idle < YIELD {
             std::thread::yield_now();
         } else {

@@ -68,8 +68,8 @@ pub trait Collective: Send {
     /// pass `Options::max_message_bytes`.
     fn all_gather(&mut self, tag: Tag, mine: &[u8], out: &mut Vec<Vec<u8>>) -> Result<(), Error>;
 
-    /// Every rank's numbers, to the root only. The root's `out` has one entry a rank, resized to
-    /// what that rank sent; `out` of the others is left alone and may be empty.
+    /// Every rank's numbers, to the root only. The root's `out` has one entry a rank, each but its
+    /// own resized to what that rank sent; `out` of the others is left alone and may be empty.
     fn gather(
         &mut self,
         tag: Tag,

@@ -258,10 +258,7 @@ impl Collective for Mesh {
                 return mesh.fabric.exchange(head, &outbox, &mut Deaf, limit);
             }
             let outbox = Plain { bytes: &[], to: To::Nobody };
-            mesh.fabric.exchange(head, &outbox, &mut Numbers { out, max }, limit)?;
-            out[root].clear();
-            out[root].extend_from_slice(mine);
-            Ok(())
+            mesh.fabric.exchange(head, &outbox, &mut Numbers { out, max }, limit)
         })
     }
 

@@ -177,7 +177,8 @@ impl Round {
 
         let mut numbers = vec![vec![0.5]; if rank == root { mesh.world_size() } else { 0 }];
         mesh.gather(op(2), root, &self.numbers[rank], &mut numbers).unwrap();
-        assert!(rank != root || numbers == self.numbers, "gather");
+        let got = |peer: usize| peer == root || numbers[peer] == self.numbers[peer];
+        assert!(rank != root || (0..numbers.len()).all(got), "gather");
 
         let mut blob = if rank == root { self.blobs[root].clone() } else { vec![9; 7] };
         mesh.broadcast(op(3), root, &mut blob, Duration::from_secs(10)).unwrap();
@@ -332,7 +333,7 @@ fn a_rank_may_leave_while_others_finish_its_last_operation(net: Net) {
         drop(first_to_leave);
         until_asleep(&threads.recv().unwrap());
         last.gather(tag(1), 0, &[2.0], &mut []).unwrap();
-        assert_eq!(gathering.join().unwrap(), [[0.0], [1.0], [2.0]]);
+        assert_eq!(gathering.join().unwrap(), [vec![], vec![1.0], vec![2.0]]);
     });
     let error = last.barrier(tag(2)).unwrap_err();
     assert!(matches!(error, Error::PeerLost { .. }), "{error}");

@@ -93,14 +93,14 @@ fn request_tiles() -> bool {
 /// Compiles one body of `#[inline(always)]` code for every instruction set and calls the right one;
 /// `<N>` names a `const N: usize` of the body, if it has one.
 macro_rules! dispatch {
-    ($isa:expr, fn $(<$n:ident>)? ($($arg:ident: $ty:ty),* $(,)?) => $body:expr) => {{
+    ($isa:expr, fn $(<$n:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? => $body:expr) => {{
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-        fn avx512 $(<const $n: usize>)? ($($arg: $ty),*) { $body }
+        fn avx512 $(<const $n: usize>)? ($($arg: $ty),*) $(-> $out)? { $body }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2 $(<const $n: usize>)? ($($arg: $ty),*) { $body }
-        fn portable $(<const $n: usize>)? ($($arg: $ty),*) { $body }
+        fn avx2 $(<const $n: usize>)? ($($arg: $ty),*) $(-> $out)? { $body }
+        fn portable $(<const $n: usize>)? ($($arg: $ty),*) $(-> $out)? { $body }
         match $isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Isa` values other than Portable come from `Isa::detect` or

@@ -13,14 +13,17 @@ pub mod quant;
 
 pub mod activation;
 pub mod attention;
+pub mod cores;
 pub mod elementwise;
 pub mod isa;
 pub mod linear;
 pub mod matrix;
 pub mod memory;
 pub mod norm;
+pub mod peaks;
 pub mod pool;
 pub mod rope;
+pub mod softmax;
 
 mod lanes;
 mod math;

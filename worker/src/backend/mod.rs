@@ -6,6 +6,8 @@
 use std::ops::ControlFlow;
 
 use evener_collective::Collective;
+use evener_kernels::Isa;
+use evener_kernels::peaks::{n_peaks, peaks_of};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::program::Program;
@@ -79,6 +81,8 @@ pub struct Options {
     pub max_context: usize,
     /// Spin while waiting for the other threads; false when ranks outnumber cores.
     pub spin: bool,
+    /// Core of each thread, the first being the caller's, who is already there; empty: anywhere.
+    pub cores: Vec<usize>,
 }
 
 /// A rank's weights in the device's own form, before its KV cache exists.
@@ -109,6 +113,20 @@ pub trait Backend: Send {
 
     /// Logits of the last run: `[S, own vocabulary rows]`, f32.
     fn logits(&self) -> &[f32];
+
+    /// Replaces `out` by the peaks ([`evener_kernels::peaks`]) of each row of `logits`, which has
+    /// `columns`.
+    fn peaks(&mut self, columns: usize, out: &mut Vec<f32>) {
+        out.clear();
+        if columns == 0 {
+            return;
+        }
+        for row in self.logits().chunks_exact(columns) {
+            let first = out.len();
+            out.resize(first + n_peaks(columns), 0.0);
+            peaks_of(Isa::detect(), row, &mut out[first..]);
+        }
+    }
 }
 
 /// Hears of bytes done and bytes in total while weights load; may stop it.

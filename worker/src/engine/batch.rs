@@ -20,6 +20,21 @@ struct Slot {
     last_step: u64,
 }
 
+/// An empty batch with memory for any step within `limits`.
+#[must_use]
+pub fn with_room(limits: &Limits) -> Batch {
+    let n_blocks = limits.n_slots * blocks_for(limits.max_context);
+    Batch {
+        step: 0,
+        tokens: Vec::with_capacity(limits.max_batch_tokens),
+        positions: Vec::with_capacity(limits.max_batch_tokens),
+        slots: Vec::with_capacity(limits.max_batch_tokens),
+        spans: Vec::with_capacity(limits.n_slots),
+        block_tables: Vec::with_capacity(n_blocks.min(limits.n_kv_blocks as usize)),
+        sample_rows: Vec::with_capacity(limits.max_sample_rows),
+    }
+}
+
 /// Why a plan does not fit the tables: the ranks are out of step.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -124,6 +139,7 @@ mod tests {
             epoch: 1,
             step,
             kind: Kind::Run,
+            whole_logits: false,
             freed_slots: freed.to_vec(),
             entries: entries.to_vec(),
             tokens: (0..n_tokens).collect(),

@@ -5,7 +5,7 @@
 use super::Error;
 use super::output::TokenOut;
 use super::rank::Rank;
-use super::sampler::{self, LogSoftmax, MAX_LOGPROBS, Scratch};
+use super::sampler::{self, LogSoftmax, MAX_LOGPROBS, Row, Scratch};
 use super::scheduler::Scheduler;
 use super::sequence::Sequence;
 use super::step::{Entry, StepPlan};
@@ -17,7 +17,6 @@ pub struct Chooser {
     pub tokens: Vec<Option<u32>>,
     /// By entry of the plan.
     pub choices: Vec<Choice>,
-    row: Vec<f32>,
     scratch: Scratch,
 }
 
@@ -36,7 +35,7 @@ impl Chooser {
     /// Logits that are no numbers: the epoch is over.
     pub fn choose(
         &mut self,
-        rank: &Rank,
+        rank: &mut Rank,
         scheduler: &Scheduler,
         plan: &StepPlan,
     ) -> Result<(), Error> {
@@ -44,7 +43,11 @@ impl Chooser {
         self.choices.clear();
         let mut row_idx = 0;
         for (entry_idx, entry) in plan.entries.iter().enumerate() {
-            let choice = self.choose_entry(rank, scheduler.scheduled(entry_idx), entry, row_idx)?;
+            let sequence = scheduler.scheduled(entry_idx);
+            let choice = match plan.whole_logits {
+                true => self.choose_entry(rank, sequence, entry, row_idx)?,
+                false => likeliest(rank, entry, row_idx)?,
+            };
             row_idx += entry.n_sampled as usize;
             self.tokens.push(choice.token.as_ref().map(|token| token.id));
             self.choices.push(choice);
@@ -54,7 +57,7 @@ impl Chooser {
 
     fn choose_entry(
         &mut self,
-        rank: &Rank,
+        rank: &mut Rank,
         sequence: &Sequence,
         entry: &Entry,
         first_row_idx: usize,
@@ -62,31 +65,46 @@ impl Chooser {
         let mut choice = Choice::default();
         let end = entry.start + entry.n_tokens;
         for i in 0..entry.n_sampled {
-            rank.logits(first_row_idx + i as usize, &mut self.row);
-            sampler::check(&self.row)?;
+            let row = rank.row(first_row_idx + i as usize)?;
             // The row of position p speaks of the token at p + 1.
             let position = end - entry.n_sampled + i + 1;
             match sequence.tokens.get(position as usize) {
                 Some(&known) => {
-                    choice.prompt_tokens.push(self.token_out(known, sequence, true));
+                    choice.prompt_tokens.push(self.token_out(row, known, sequence, true));
                 }
                 None => {
                     let (sampling, scratch) = (&sequence.sampling, &mut self.scratch);
-                    let token = sampler::sample(&self.row, sampling, position, scratch);
-                    choice.token = Some(self.token_out(token, sequence, false));
+                    let token = sampler::sample(&row, sampling, position, scratch);
+                    choice.token = Some(self.token_out(row, token, sequence, false));
                 }
             }
         }
         Ok(choice)
     }
 
-    fn token_out(&mut self, id: u32, sequence: &Sequence, is_prompt: bool) -> TokenOut {
+    fn token_out(
+        &mut self,
+        row: Row<'_>,
+        id: u32,
+        sequence: &Sequence,
+        is_prompt: bool,
+    ) -> TokenOut {
         let n_top = match sequence.sampling.n_logprobs {
             Some(n) => n.min(MAX_LOGPROBS) as usize,
             None if is_prompt => 0,
             None => return TokenOut { id, logprob: None, top: Vec::new() },
         };
-        let row = LogSoftmax::new(&self.row);
+        let row = LogSoftmax::new(row);
         TokenOut { id, logprob: Some(row.of(id)), top: row.top(n_top, &mut self.scratch) }
     }
+}
+
+/// An entry whose sequence takes the likeliest token and wants to know no more.
+fn likeliest(rank: &Rank, entry: &Entry, row_idx: usize) -> Result<Choice, Error> {
+    if entry.n_sampled == 0 {
+        return Ok(Choice::default());
+    }
+    let id = rank.likeliest(row_idx)?;
+    let token = Some(TokenOut { id, logprob: None, top: Vec::new() });
+    Ok(Choice { token, prompt_tokens: Vec::new() })
 }

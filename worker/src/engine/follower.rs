@@ -17,7 +17,7 @@ const _: () = assert!(PLAN_WAIT.as_millis() >= 10 * lead::HEARTBEAT.as_millis())
 /// # Errors
 /// The epoch is over for another reason.
 pub fn run(rank: &mut Rank, figures: &Figures) -> Result<(), Error> {
-    let mut plan = StepPlan::default();
+    let mut plan = StepPlan::with_room(rank.limits());
     loop {
         rank.follow(&mut plan, PLAN_WAIT)?;
         match plan.kind {

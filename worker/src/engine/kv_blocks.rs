@@ -36,6 +36,8 @@ pub struct KvBlocks {
     free: Vec<u32>,
     /// Sum of `n_reserved` over all tables; never more than `free` holds.
     n_reserved: u32,
+    /// Of `check_integrity`, by block: tables that hold it. Kept, so that checking allocates once.
+    counted: Vec<u32>,
 }
 
 /// Blocks that `n_tokens` tokens need.
@@ -48,7 +50,7 @@ impl KvBlocks {
     #[must_use]
     pub fn new(n_blocks: u32) -> Self {
         let free = (0..n_blocks).rev().collect();
-        Self { n_holders: vec![0; n_blocks as usize], free, n_reserved: 0 }
+        Self { n_holders: vec![0; n_blocks as usize], free, n_reserved: 0, counted: Vec::new() }
     }
 
     #[must_use]
@@ -68,6 +70,7 @@ impl KvBlocks {
         if n_blocks > self.n_available() as usize {
             return false;
         }
+        table.blocks.reserve_exact(n_blocks);
         table.n_reserved += n_blocks as u32;
         self.n_reserved += n_blocks as u32;
         true
@@ -105,24 +108,26 @@ impl KvBlocks {
     ///
     /// # Panics
     /// It does not hold: a bug.
-    pub fn check_integrity<'a>(&self, tables: impl Iterator<Item = &'a BlockTable>) {
-        let mut n_holders = vec![0; self.n_holders.len()];
+    pub fn check_integrity<'a>(&mut self, tables: impl Iterator<Item = &'a BlockTable>) {
+        let counted = &mut self.counted;
+        counted.clear();
+        counted.resize(self.n_holders.len(), 0);
         let mut n_reserved = 0;
         for table in tables {
             n_reserved += table.n_reserved;
             for &block in &table.blocks {
-                n_holders[block as usize] += 1;
+                counted[block as usize] += 1;
             }
         }
-        assert_eq!(n_holders, self.n_holders, "holders of blocks");
+        assert_eq!(*counted, self.n_holders, "holders of blocks");
         assert_eq!(n_reserved, self.n_reserved, "reserved blocks");
         assert!(self.n_reserved as usize <= self.free.len(), "more is promised than is free");
-        let n_used = n_holders.iter().filter(|&&n| n > 0).count();
+        let n_used = counted.iter().filter(|&&n| n > 0).count();
         assert_eq!(self.free.len() + n_used, self.n_holders.len(), "free + used = all");
-        let mut is_free = vec![false; n_holders.len()];
         for &block in &self.free {
-            assert!(n_holders[block as usize] == 0, "block {block} is free and held");
-            assert!(!std::mem::replace(&mut is_free[block as usize], true), "{block} free twice");
+            let n = std::mem::replace(&mut counted[block as usize], u32::MAX);
+            assert!(n != u32::MAX, "block {block} is free twice");
+            assert!(n == 0, "block {block} is free and held");
         }
     }
 }

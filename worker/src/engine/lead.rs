@@ -61,6 +61,7 @@ impl Lead {
         assert_eq!(rank.mesh().rank(), LEAD, "the lead is rank 0");
         assert_eq!(rank.limits(), &options.limits, "one set of limits");
         let (handle, commands) = handle::channel();
+        let limits = options.limits.clone();
         let lead = Self {
             rank,
             scheduler: Scheduler::new(options),
@@ -69,9 +70,9 @@ impl Lead {
             owners: HashMap::new(),
             figures,
             last_plan: Instant::now(),
-            plan: StepPlan::default(),
+            plan: StepPlan::with_room(&limits),
             chooser: Chooser::default(),
-            committed: Vec::new(),
+            committed: Vec::with_capacity(limits.n_slots),
         };
         lead.figures.set_load(lead.load());
         (handle, lead)
@@ -84,9 +85,7 @@ impl Lead {
     pub fn run(&mut self) -> Result<(), Error> {
         let mut first = None;
         loop {
-            let arrived = first.take().into_iter();
-            let commands: Vec<Command> = arrived.chain(self.commands.try_iter()).collect();
-            for command in commands {
+            while let Some(command) = first.take().or_else(|| self.commands.try_recv().ok()) {
                 if matches!(command, Command::Leave) {
                     self.plan.clear();
                     self.plan.kind = Kind::Leave;
@@ -153,7 +152,7 @@ impl Lead {
             }
             Err(refusal) => stream.events.push(Event {
                 request_id,
-                tokens: Vec::new(),
+                token: None,
                 prompt_tokens: Vec::new(),
                 end: Some(End::Refused(refusal)),
             }),
@@ -164,7 +163,7 @@ impl Lead {
     fn step(&mut self) -> Result<(), Error> {
         self.rank.lead(&mut self.plan)?;
         self.last_plan = Instant::now();
-        self.chooser.choose(&self.rank, &self.scheduler, &self.plan)?;
+        self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
         for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
             if choice.token.is_none() && choice.prompt_tokens.is_empty() {
                 continue;
@@ -174,7 +173,7 @@ impl Lead {
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             stream.events.push(Event {
                 request_id,
-                tokens: Vec::from_iter(choice.token),
+                token: choice.token,
                 prompt_tokens: choice.prompt_tokens,
                 end: None,
             });
@@ -215,7 +214,9 @@ impl Lead {
             if stream.events.is_empty() {
                 continue;
             }
-            let output = StepOutput { events: std::mem::take(&mut stream.events), load };
+            // The one allocation a message costs: the reader keeps the events.
+            let room = Vec::with_capacity(stream.events.len());
+            let output = StepOutput { events: std::mem::replace(&mut stream.events, room), load };
             match stream.sink.outputs.try_send(output) {
                 Ok(()) => {}
                 Err(TrySendError::Full(_)) => {

@@ -36,6 +36,8 @@ pub enum Error {
     Sampler(#[from] sampler::Error),
     #[error("the lead sent {what} {got}; {expected} was due")]
     OutOfStep { what: &'static str, got: u64, expected: u64 },
+    #[error("rank {rank} named token {got} of its {rows}")]
+    Likeliest { rank: usize, got: u32, rows: usize },
     #[error("rank {rank} sent {got} logits; {expected} were due")]
     Logits { rank: usize, got: usize, expected: usize },
 }

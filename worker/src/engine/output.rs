@@ -14,7 +14,7 @@ pub struct StepOutput {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     pub request_id: u64,
-    pub tokens: Vec<TokenOut>,
+    pub token: Option<TokenOut>,
     /// Positions 1.. of the prompt, if asked for; in order, over one or more events.
     pub prompt_tokens: Vec<TokenOut>,
     pub end: Option<End>,

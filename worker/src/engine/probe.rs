@@ -71,6 +71,7 @@ pub fn logits(
         for start in (0..longest).step_by(batching.chunk) {
             plan.clear();
             plan.kind = Kind::Run;
+            plan.whole_logits = true;
             for &list in &group {
                 let end = lists[list].len().min(start + batching.chunk);
                 if start < end {

@@ -6,11 +6,14 @@ use std::ops::Range;
 use std::time::Duration;
 
 use evener_collective::{Collective, Mesh, Tag};
+use evener_kernels::Isa;
+use evener_kernels::peaks::{self, n_peaks, peaks_of};
 
 use crate::backend::{Backend, Batch};
 
 use super::Error;
-use super::batch::Tables;
+use super::batch::{self, Tables};
+use super::sampler::{self, Row};
 use super::step::{Limits, StepPlan};
 
 /// Rank that leads a group.
@@ -32,8 +35,18 @@ pub struct Rank {
     wire: Vec<u8>,
     /// Of the last plan.
     step: u64,
-    /// Lead only, by rank: `[S, its vocabulary rows]` of the last step.
+    isa: Isa,
+    /// Of the last step's logits, `[S, peaks]`, if they were looked at.
+    peaks: Vec<f32>,
+    /// Of the last step that wanted no more: the likeliest of our vocabulary rows. `[S, 2]`, the
+    /// logit and the bits of the row's index.
+    likeliest: Vec<f32>,
+    /// Lead only, by rank but our own: what it sent of the last step, `[S, its vocabulary rows]` or
+    /// as `likeliest`.
     shards: Vec<Vec<f32>>,
+    /// Lead only: a row of logits put together, and its peaks.
+    row: Vec<f32>,
+    row_peaks: Vec<f32>,
 }
 
 impl Rank {
@@ -49,13 +62,19 @@ impl Rank {
         limits: Limits,
     ) -> Self {
         assert_eq!(vocab.len(), mesh.world_size(), "one vocabulary range a rank");
-        let n_shards = if mesh.rank() == LEAD { vocab.len() } else { 0 };
+        let is_lead = mesh.rank() == LEAD;
+        let room = if is_lead { limits.vocab } else { 0 };
         Self {
             tables: Tables::new(&limits),
-            batch: Batch::default(),
-            wire: Vec::new(),
+            batch: batch::with_room(&limits),
+            wire: Vec::with_capacity(StepPlan::max_bytes(&limits)),
             step: 0,
-            shards: vec![Vec::new(); n_shards],
+            isa: Isa::detect(),
+            peaks: Vec::new(),
+            likeliest: Vec::with_capacity(2 * limits.max_sample_rows),
+            shards: vec![Vec::new(); if is_lead { vocab.len() } else { 0 }],
+            row: Vec::with_capacity(room),
+            row_peaks: Vec::with_capacity(n_peaks(room)),
             mesh,
             backend,
             limits,
@@ -105,22 +124,94 @@ impl Rank {
         if n_rows == 0 {
             return Ok(());
         }
+        let columns = self.vocab[self.mesh.rank()].len();
+        let alone = self.vocab.len() == 1;
+        if alone || !plan.whole_logits {
+            self.backend.peaks(columns, &mut self.peaks);
+        }
+        if !plan.whole_logits {
+            self.find_likeliest(n_rows, columns);
+        }
+        if alone {
+            return Ok(());
+        }
         let tag = Tag { step: self.step, op: LOGITS_OP };
-        let logits = self.backend.logits();
+        let logits = match plan.whole_logits {
+            true => self.backend.logits(),
+            false => &self.likeliest,
+        };
         self.mesh.gather(tag, LEAD, logits, &mut self.shards)?;
         for (rank, (shard, vocab)) in self.shards.iter().zip(&self.vocab).enumerate() {
-            let (got, expected) = (shard.len(), n_rows * vocab.len());
-            if got != expected {
+            let of_row = if plan.whole_logits { vocab.len() } else { 2 };
+            let (got, expected) = (shard.len(), n_rows * of_row);
+            if rank != LEAD && got != expected {
                 return Err(Error::Logits { rank, got, expected });
             }
         }
         Ok(())
     }
 
-    /// Lead: replaces `out` by the logits of the last step's `row_idx`-th sampled row. `[vocab]`
+    fn find_likeliest(&mut self, n_rows: usize, columns: usize) {
+        self.likeliest.clear();
+        let (logits, n_peaks) = (self.backend.logits(), n_peaks(columns));
+        for row in 0..n_rows {
+            let peaks = &self.peaks[row * n_peaks..][..n_peaks];
+            let best = peaks::best(self.isa, &logits[row * columns..][..columns], peaks);
+            // A rank without vocabulary rows has none; nobody asks it.
+            let (token, logit) = best.unwrap_or((0, f32::NEG_INFINITY));
+            self.likeliest.extend([logit, f32::from_bits(token as u32)]);
+        }
+    }
+
+    /// Lead: the likeliest token of the last step's `row_idx`-th sampled row, of equals the lowest.
+    /// The step did not want whole logits.
+    ///
+    /// # Errors
+    /// Logits that are no numbers, or a rank that sent nonsense: the epoch is over.
+    pub fn likeliest(&self, row_idx: usize) -> Result<u32, Error> {
+        let mut best = (0, f32::NEG_INFINITY);
+        for (rank, vocab) in self.vocab.iter().enumerate().filter(|(_, vocab)| !vocab.is_empty()) {
+            let answers = if rank == LEAD { &self.likeliest } else { &self.shards[rank] };
+            let (logit, got) = (answers[2 * row_idx], answers[2 * row_idx + 1].to_bits());
+            if got as usize >= vocab.len() {
+                return Err(Error::Likeliest { rank, got, rows: vocab.len() });
+            }
+            let token = vocab.start + got as usize;
+            if !logit.is_finite() {
+                return Err(sampler::Error::NotFinite { token, value: logit }.into());
+            }
+            if logit > best.1 {
+                best = (token as u32, logit);
+            }
+        }
+        Ok(best.0)
+    }
+
+    /// Lead: the last step's `row_idx`-th sampled row. The step wanted whole logits.
+    ///
+    /// # Errors
+    /// Logits that are no numbers: the epoch is over.
+    pub fn row(&mut self, row_idx: usize) -> Result<Row<'_>, Error> {
+        if let [vocab] = self.vocab.as_slice() {
+            let (n, n_peaks) = (vocab.len(), n_peaks(vocab.len()));
+            let logits = &self.backend.logits()[row_idx * n..][..n];
+            let peaks = &self.peaks[row_idx * n_peaks..][..n_peaks];
+            return Ok(Row::new(self.isa, logits, peaks)?);
+        }
+        let mut row = std::mem::take(&mut self.row);
+        self.logits(row_idx, &mut row);
+        self.row = row;
+        self.row_peaks.resize(n_peaks(self.row.len()), 0.0);
+        peaks_of(self.isa, &self.row, &mut self.row_peaks);
+        Ok(Row::new(self.isa, &self.row, &self.row_peaks)?)
+    }
+
+    /// Lead: replaces `out` by the logits of the last step's `row_idx`-th sampled row. The step
+    /// wanted whole logits. `[vocab]`
     pub fn logits(&self, row_idx: usize, out: &mut Vec<f32>) {
         out.clear();
-        for (shard, vocab) in self.shards.iter().zip(&self.vocab) {
+        for (rank, vocab) in self.vocab.iter().enumerate() {
+            let shard = if rank == LEAD { self.backend.logits() } else { &self.shards[rank] };
             out.extend_from_slice(&shard[row_idx * vocab.len()..][..vocab.len()]);
         }
     }

@@ -2,10 +2,14 @@
 //! position).
 //!
 //! Random numbers come from a counter, not from a state, so that a sequence resumed elsewhere with
-//! its tokens so far goes on with the tokens it would have had. Exponentials are `libm`'s and sums
-//! are f64 in a fixed order, so that two machines agree.
+//! its tokens so far goes on with the tokens it would have had. Exponentials are our own or `libm`'s
+//! and sums are f64 in a fixed order, so that two machines agree.
 
 use std::cmp::Ordering;
+
+use evener_kernels::Isa;
+use evener_kernels::peaks::{STRETCH, at_least, best};
+use evener_kernels::softmax::{weigh, weight};
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +54,91 @@ pub enum Error {
 #[derive(Debug, Default)]
 pub struct Scratch {
     candidates: Vec<Candidate>,
+    peaks: Vec<f32>,
+    /// Of a whole row, and their sum by stretch.
+    weights: Vec<f32>,
+    sums: Vec<f64>,
+}
+
+/// One row of logits, all of them finite, and where the likeliest stand.
+#[derive(Debug, Clone, Copy)]
+pub struct Row<'a> {
+    isa: Isa,
+    logits: &'a [f32],
+    peaks: &'a [f32],
+    best: usize,
+}
+
+impl Sampling {
+    /// The likeliest token, whatever the seed.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0 || self.top_k == 1
+    }
+}
+
+impl<'a> Row<'a> {
+    /// `logits`: `[vocab]`, not empty; `peaks`: its [`evener_kernels::peaks`].
+    ///
+    /// # Errors
+    /// The first logit that is NaN or infinite, which no healthy model computes.
+    ///
+    /// # Panics
+    /// If there are no logits.
+    pub fn new(isa: Isa, logits: &'a [f32], peaks: &'a [f32]) -> Result<Self, Error> {
+        let (best, value) = best(isa, logits, peaks).expect("a row has logits");
+        match value.is_finite() {
+            true => Ok(Self { isa, logits, peaks, best }),
+            false => Err(Error::NotFinite { token: best, value }),
+        }
+    }
+
+    /// Replaces the candidates by the `n` likeliest tokens, best first; of equals the lowest first.
+    fn likeliest(&self, n: usize, scratch: &mut Scratch) {
+        let Scratch { candidates, peaks, .. } = scratch;
+        candidates.clear();
+        let candidate = |token, logit| Candidate { token, logit, weight: 0.0 };
+        if n == 0 {
+            return;
+        }
+        if n <= self.peaks.len() {
+            peaks.clear();
+            peaks.extend_from_slice(self.peaks);
+            // n logits are at least the n-th highest peak.
+            let (_, &mut least, _) = peaks.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a));
+            at_least(self.isa, self.logits, self.peaks, least, |token, logit| {
+                candidates.push(candidate(token as u32, logit));
+            });
+        } else {
+            candidates.extend((0u32..).zip(self.logits).map(|(t, &logit)| candidate(t, logit)));
+        }
+        if n < candidates.len() {
+            candidates.select_nth_unstable_by(n - 1, likelier);
+            candidates.truncate(n);
+        }
+        candidates.sort_unstable_by(likelier);
+    }
+
+    /// Replaces the candidates by the likeliest tokens whose weights, which are there, reach
+    /// `enough` together, and returns their sum.
+    fn nucleus(&self, enough: f64, scratch: &mut Scratch) -> f64 {
+        // Usually a few tokens: a short head first, and longer ones only if need be.
+        let mut n = 64;
+        loop {
+            self.likeliest(n, scratch);
+            let Scratch { candidates, weights, .. } = &mut *scratch;
+            for candidate in candidates.iter_mut() {
+                candidate.weight = weights[candidate.token as usize].into();
+            }
+            if let Some(sum) = keep_top_p(candidates, enough) {
+                return sum;
+            }
+            if n >= self.logits.len() {
+                return candidates.iter().map(|candidate| candidate.weight).sum();
+            }
+            n *= 8;
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -59,59 +148,38 @@ struct Candidate {
     weight: f64,
 }
 
-/// Refuses NaN and infinities, which no healthy model computes.
-///
-/// # Errors
-/// The first such logit.
-pub fn check(logits: &[f32]) -> Result<(), Error> {
-    match logits.iter().position(|logit| !logit.is_finite()) {
-        Some(token) => Err(Error::NotFinite { token, value: logits[token] }),
-        None => Ok(()),
-    }
-}
-
-/// The token at `position` of its sequence. `logits`: `[vocab]`, checked, not empty.
+/// The token at `position` of its sequence.
 #[must_use]
-pub fn sample(logits: &[f32], sampling: &Sampling, position: u32, scratch: &mut Scratch) -> u32 {
-    let best = argmax(logits);
-    if sampling.temperature <= 0.0 || sampling.top_k == 1 {
-        return best as u32;
+pub fn sample(row: &Row<'_>, sampling: &Sampling, position: u32, scratch: &mut Scratch) -> u32 {
+    if sampling.is_greedy() {
+        return row.best as u32;
     }
-    let scale = 1.0 / f64::from(sampling.temperature);
-    let weight = |logit: f32| libm::exp((f64::from(logit) - f64::from(logits[best])) * scale);
-    let candidates = &mut scratch.candidates;
-    candidates.clear();
-    candidates.extend((0u32..).zip(logits).map(|(token, &logit)| Candidate {
-        token,
-        logit,
-        weight: 0.0,
-    }));
-    let top_k = sampling.top_k as usize;
-    if top_k > 0 && top_k < candidates.len() {
-        candidates.select_nth_unstable_by(top_k - 1, likelier);
-        candidates.truncate(top_k);
-        candidates.sort_unstable_by(likelier);
-    }
-    let mut total = 0.0;
-    for candidate in candidates.iter_mut() {
-        candidate.weight = weight(candidate.logit);
-        total += candidate.weight;
-    }
-    if sampling.top_p < 1.0 {
-        total = keep_top_p(candidates, f64::from(sampling.top_p.max(0.0)) * total);
-    }
-    draw(candidates, uniform(sampling.seed, position) * total)
-}
-
-/// The likeliest token; of equals the lowest id.
-fn argmax(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = token;
+    let scale = (1.0 / sampling.temperature).min(f32::MAX);
+    let highest = row.logits[row.best];
+    let (n, top_k, top_p) = (row.logits.len(), sampling.top_k as usize, f64::from(sampling.top_p));
+    let uniform = uniform(sampling.seed, position);
+    if top_k > 0 && top_k < n {
+        row.likeliest(top_k, scratch);
+        let mut total = 0.0;
+        for candidate in &mut scratch.candidates {
+            candidate.weight = weight(candidate.logit, highest, scale).into();
+            total += candidate.weight;
         }
+        if top_p < 1.0 {
+            total = keep_top_p(&mut scratch.candidates, top_p * total).unwrap_or(total);
+        }
+        return draw(&scratch.candidates, uniform * total);
     }
-    best
+    let Scratch { weights, sums, .. } = scratch;
+    weights.resize(n, 0.0);
+    sums.resize(n.div_ceil(STRETCH), 0.0);
+    weigh(row.isa, row.logits, highest, scale, weights, sums);
+    let total: f64 = sums.iter().sum();
+    if top_p < 1.0 {
+        let total = row.nucleus(top_p * total, scratch);
+        return draw(&scratch.candidates, uniform * total);
+    }
+    draw_of_all(weights, sums, uniform * total)
 }
 
 /// By logit downwards, of equals the lower id first: a total order, so sorting has one result.
@@ -119,27 +187,41 @@ fn likelier(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
 }
 
-/// Keeps the likeliest candidates whose weights reach `enough` together, at least one, in order,
-/// and returns their sum (Holtzman et al. 2020, section 3.1).
-fn keep_top_p(candidates: &mut Vec<Candidate>, enough: f64) -> f64 {
-    // The nucleus is usually a few tokens: sort a short head first, and longer ones only if need
-    // be.
-    let mut head = 64.min(candidates.len());
-    loop {
-        if head < candidates.len() {
-            candidates.select_nth_unstable_by(head, likelier);
+/// Keeps of candidates in order those whose weights reach `enough` together, at least one, and
+/// returns their sum (Holtzman et al. 2020, section 3.1); none if all of them do not.
+fn keep_top_p(candidates: &mut Vec<Candidate>, enough: f64) -> Option<f64> {
+    let mut sum = 0.0;
+    for n in 0..candidates.len() {
+        sum += candidates[n].weight;
+        if sum >= enough {
+            candidates.truncate(n + 1);
+            return Some(sum);
         }
-        candidates[..head].sort_unstable_by(likelier);
-        let mut sum = 0.0;
-        for n in 0..head {
-            sum += candidates[n].weight;
-            if sum >= enough || n + 1 == candidates.len() {
-                candidates.truncate(n + 1);
-                return sum;
+    }
+    None
+}
+
+/// The token in whose stretch of the summed weights `at` falls, all tokens in order of their ids.
+fn draw_of_all(weights: &[f32], sums: &[f64], at: f64) -> u32 {
+    let (mut first, mut before, mut end) = (0, 0.0, 0.0);
+    for (stretch, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        (first, before) = (stretch * STRETCH, end);
+        end += sum;
+        if at < end {
+            break;
+        }
+    }
+    let mut drawn = first;
+    for (token, &weight) in (first..).zip(&weights[first..]).take(STRETCH) {
+        if weight > 0.0 {
+            drawn = token; // rounding may leave `at` at the very end: the last that has any weight
+            before += f64::from(weight);
+            if at < before {
+                break;
             }
         }
-        head = (head * 8).min(candidates.len());
     }
+    drawn as u32
 }
 
 /// The candidate in whose stretch of the summed weights `at` falls.
@@ -159,42 +241,29 @@ fn draw(candidates: &[Candidate], at: f64) -> u32 {
 /// Log-probabilities of one row of logits, of the unmodified distribution.
 #[derive(Debug, Clone, Copy)]
 pub struct LogSoftmax<'a> {
-    logits: &'a [f32],
+    row: Row<'a>,
     /// ln of the sum of exp(logit).
     norm: f64,
 }
 
 impl<'a> LogSoftmax<'a> {
     #[must_use]
-    pub fn new(logits: &'a [f32]) -> Self {
-        let max = f64::from(logits[argmax(logits)]);
-        let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - max)).sum();
-        Self { logits, norm: max + libm::log(sum) }
+    pub fn new(row: Row<'a>) -> Self {
+        let max = f64::from(row.logits[row.best]);
+        let sum: f64 = row.logits.iter().map(|&logit| libm::exp(f64::from(logit) - max)).sum();
+        Self { row, norm: max + libm::log(sum) }
     }
 
     #[must_use]
     pub fn of(&self, token: u32) -> f32 {
-        (f64::from(self.logits[token as usize]) - self.norm) as f32
+        (f64::from(self.row.logits[token as usize]) - self.norm) as f32
     }
 
     /// The `n` likeliest tokens, best first; of equals the lowest id first.
     #[must_use]
     pub fn top(&self, n: usize, scratch: &mut Scratch) -> Vec<(u32, f32)> {
-        let candidates = &mut scratch.candidates;
-        candidates.clear();
-        if n == 0 {
-            return Vec::new();
-        }
-        candidates.extend((0u32..).zip(self.logits).map(|(token, &logit)| Candidate {
-            token,
-            logit,
-            weight: 0.0,
-        }));
-        if n < candidates.len() {
-            candidates.select_nth_unstable_by(n - 1, likelier);
-            candidates.truncate(n);
-        }
-        candidates.sort_unstable_by(likelier);
+        self.row.likeliest(n, scratch);
+        let candidates = &scratch.candidates;
         candidates.iter().map(|candidate| (candidate.token, self.of(candidate.token))).collect()
     }
 }
@@ -229,6 +298,19 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use evener_kernels::peaks::{n_peaks, peaks_of};
+
+    fn peaks(logits: &[f32]) -> Vec<f32> {
+        let mut peaks = vec![0.0; n_peaks(logits.len())];
+        peaks_of(Isa::detect(), logits, &mut peaks);
+        peaks
+    }
+
+    fn sample(logits: &[f32], sampling: &Sampling, position: u32, scratch: &mut Scratch) -> u32 {
+        let peaks = peaks(logits);
+        let row = Row::new(Isa::detect(), logits, &peaks).unwrap();
+        super::sample(&row, sampling, position, scratch)
+    }
 
     /// Odds 8 : 4 : 2 : 1 : 1, not in order.
     fn logits() -> Vec<f32> {
@@ -325,23 +407,43 @@ mod tests {
     fn a_wide_nucleus_is_the_same_as_sorting_all() {
         let logits: Vec<f32> = (0..5000).map(|i| ((i * 7919 % 5000) as f32) * 1e-4).collect();
         let mut scratch = Scratch::default();
-        let mut sorted: Vec<Candidate> = (0u32..)
-            .zip(&logits)
-            .map(|(token, &logit)| Candidate { token, logit, weight: libm::exp(logit.into()) })
-            .collect();
-        sorted.sort_by(likelier);
-        let total: f64 = sorted.iter().map(|candidate| candidate.weight).sum();
-        for top_p in [0.001, 0.02, 0.3, 0.9] {
-            let mut kept = sorted.clone();
-            kept.reverse();
-            let sum = keep_top_p(&mut kept, top_p * total);
-            let tokens = |list: &[Candidate]| list.iter().map(|c| c.token).collect::<Vec<_>>();
-            assert_eq!(tokens(&kept), tokens(&sorted[..kept.len()]), "{top_p}");
+        let peaks = peaks(&logits);
+        let row = Row::new(Isa::detect(), &logits, &peaks).unwrap();
+        let highest = logits[row.best];
+        scratch.weights = logits.iter().map(|&logit| weight(logit, highest, 1.0)).collect();
+        let mut sorted: Vec<u32> = (0..5000).collect();
+        sorted.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+        let total: f64 = scratch.weights.iter().map(|&weight| f64::from(weight)).sum();
+        for top_p in [0.001, 0.02, 0.3, 0.9, 1.1] {
+            let sum = row.nucleus(top_p * total, &mut scratch);
+            let kept = &scratch.candidates;
+            assert!(kept.iter().map(|c| c.token).eq(sorted[..kept.len()].iter().copied()));
             let less: f64 = sum - kept.last().unwrap().weight;
-            assert!(sum >= top_p * total && less < top_p * total + 1e-9, "{top_p}");
+            let is_whole = kept.len() == 5000;
+            assert!((is_whole || sum >= top_p * total) && less < top_p * total + 1e-9, "{top_p}");
+            assert_eq!(is_whole, top_p > 1.0);
         }
         let sampling = Sampling { temperature: 1.0, top_p: 0.9999, ..Sampling::default() };
         assert!(sample(&logits, &sampling, 3, &mut scratch) < 5000);
+    }
+
+    #[test]
+    fn a_draw_of_all_falls_where_the_weights_say() {
+        let weights: Vec<f32> = (0..3000).map(|i| if i % 7 == 3 { 0.5 } else { 0.0 }).collect();
+        let sums: Vec<f64> =
+            weights.chunks(STRETCH).map(|s| s.iter().map(|&w| f64::from(w)).sum()).collect();
+        let n = weights.iter().filter(|&&weight| weight > 0.0).count();
+        for i in 0..n {
+            let token = draw_of_all(&weights, &sums, 0.5 * i as f64 + 0.25);
+            assert_eq!(token as usize, 7 * i + 3);
+        }
+        let last = 7 * (n as u32 - 1) + 3;
+        assert_eq!(draw_of_all(&weights, &sums, 1e9), last, "past the end by rounding");
+        let mut one = vec![0.0f32; 2100];
+        one[1030] = 1.0;
+        assert_eq!(draw_of_all(&one, &[0.0, 1.0, 0.0], 1.0), 1030);
+        let two = [0.5f32, 0.25, 0.0];
+        assert_eq!(draw_of_all(&two, &[0.75], 0.75), 1);
     }
 
     #[test]
@@ -362,7 +464,8 @@ mod tests {
     fn logprobs_are_of_the_unmodified_distribution() {
         let logits = logits();
         let mut scratch = Scratch::default();
-        let row = LogSoftmax::new(&logits);
+        let peaks_of_row = peaks(&logits);
+        let row = LogSoftmax::new(Row::new(Isa::detect(), &logits, &peaks_of_row).unwrap());
         assert!((row.of(1) - 0.5f32.ln()).abs() < 1e-6);
         let top = row.top(4, &mut scratch);
         assert_eq!(top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [1, 3, 0, 2]);
@@ -370,15 +473,36 @@ mod tests {
         assert_eq!(row.top(0, &mut scratch), []);
         assert_eq!(row.top(20, &mut scratch).len(), 5);
         let far = [1e30, 0.0];
-        assert_eq!(LogSoftmax::new(&far).of(0), 0.0);
+        let peaks_of_far = peaks(&far);
+        let row = Row::new(Isa::detect(), &far, &peaks_of_far).unwrap();
+        assert_eq!(LogSoftmax::new(row).of(0), 0.0);
     }
 
     #[test]
     fn broken_logits_are_named() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = check(&[0.0, value]).unwrap_err();
+            let logits = [0.0, value];
+            let error = Row::new(Isa::detect(), &logits, &peaks(&logits)).unwrap_err();
             assert!(matches!(error, Error::NotFinite { token: 1, .. }), "{error}");
         }
-        assert_eq!(check(&[f32::MAX, f32::MIN]), Ok(()));
+        let extremes = [f32::MAX, f32::MIN];
+        assert!(Row::new(Isa::detect(), &extremes, &peaks(&extremes)).is_ok());
+    }
+
+    #[test]
+    fn the_likeliest_are_those_that_sorting_all_gives() {
+        // Few values, so that equals fall on both sides of the cut.
+        let logits: Vec<f32> =
+            (0u32..20_000).map(|i| (i * 7919 % 997) as f32 * 0.5 - 3.0).collect();
+        let mut sorted: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let peaks = peaks(&logits);
+        let row = Row::new(Isa::detect(), &logits, &peaks).unwrap();
+        let mut scratch = Scratch::default();
+        for n in [0, 1, 5, 20, 40, 319, 320, 321, 5000, 20_000, 30_000] {
+            row.likeliest(n, &mut scratch);
+            let got = scratch.candidates.iter().map(|c| (c.token, c.logit));
+            assert!(got.eq(sorted.iter().copied().take(n)), "{n}");
+        }
     }
 }

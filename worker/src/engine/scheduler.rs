@@ -57,6 +57,10 @@ pub struct Scheduler {
     freed_slots: Vec<u32>,
     /// By entry of the plan in flight: index into `running`.
     in_flight: Vec<usize>,
+    /// Of a commit: those of `running` that ended. Kept for its memory, as is `slots`.
+    finished: Vec<usize>,
+    /// Of `check_integrity`.
+    slots: Vec<u32>,
     next_id: u64,
 }
 
@@ -90,6 +94,8 @@ impl Scheduler {
             free_slots: (0..n_slots as u32).rev().collect(),
             freed_slots: Vec::with_capacity(n_slots),
             in_flight: Vec::with_capacity(n_slots),
+            finished: Vec::with_capacity(n_slots),
+            slots: Vec::with_capacity(n_slots),
             next_id: 0,
             options,
         }
@@ -191,7 +197,8 @@ impl Scheduler {
             return false;
         }
         self.free_slots.pop();
-        let sequence = self.waiting.pop_front().expect("it was looked at");
+        let mut sequence = self.waiting.pop_front().expect("it was looked at");
+        sequence.tokens.reserve_exact(sequence.max_tokens);
         self.running.push(Running { slot, sequence });
         true
     }
@@ -224,6 +231,7 @@ impl Scheduler {
             true => n_tokens,
             false => usize::from(end == sequence.tokens.len()),
         };
+        plan.whole_logits |= n_sampled > 0 && sequence.wants_logits();
         room.tokens -= n_tokens;
         room.rows -= n_sampled;
         plan.entries.push(Entry {
@@ -246,7 +254,6 @@ impl Scheduler {
     /// reached it. Appends to `out` what was generated, in the order of the plan.
     pub fn commit(&mut self, plan: &StepPlan, tokens: &[Option<u32>], out: &mut Vec<Committed>) {
         assert_eq!(tokens.len(), plan.entries.len(), "one answer for each entry");
-        let mut finished = Vec::new();
         let scheduled = std::mem::take(&mut self.in_flight);
         for ((entry, &at), &token) in plan.entries.iter().zip(&scheduled).zip(tokens) {
             let sequence = &mut self.running[at].sequence;
@@ -256,11 +263,13 @@ impl Scheduler {
             let finish = sequence.push(token);
             out.push(Committed { id: sequence.id, token, finish });
             if finish.is_some() {
-                finished.push(at);
+                self.finished.push(at);
             }
         }
-        finished.sort_unstable();
-        finished.into_iter().rev().for_each(|at| self.retire(at));
+        self.finished.sort_unstable();
+        while let Some(at) = self.finished.pop() {
+            self.retire(at);
+        }
         self.in_flight = scheduled;
         self.in_flight.clear();
         if cfg!(debug_assertions) {
@@ -300,12 +309,14 @@ impl Scheduler {
     ///
     /// # Panics
     /// It does not hold: a bug.
-    pub fn check_integrity(&self) {
+    pub fn check_integrity(&mut self) {
         self.kv.check_integrity(self.running.iter().map(|running| &running.sequence.blocks));
-        let mut slots: Vec<u32> = self.running.iter().map(|running| running.slot).collect();
+        let slots = &mut self.slots;
+        slots.clear();
+        slots.extend(self.running.iter().map(|running| running.slot));
         slots.extend(&self.free_slots);
         slots.sort_unstable();
-        assert!(slots.into_iter().eq(0..self.options.limits.n_slots as u32), "slots");
+        assert!(slots.iter().copied().eq(0..self.options.limits.n_slots as u32), "slots");
         for Running { sequence, .. } in &self.running {
             let n_blocks = sequence.blocks.blocks().len();
             assert_eq!(n_blocks, blocks_for(sequence.n_computed), "blocks of {:?}", sequence.id);

@@ -79,6 +79,13 @@ impl Sequence {
         self.n_generated() > 0
     }
 
+    /// Its tokens cannot be chosen, or told about, by the likeliest token alone.
+    #[must_use]
+    pub fn wants_logits(&self) -> bool {
+        let Sampling { n_logprobs, .. } = self.sampling;
+        !self.sampling.is_greedy() || n_logprobs.is_some() || self.prompt_logprobs
+    }
+
     /// Positions that will ever be computed: all but that of the last token generated.
     #[must_use]
     pub fn max_positions(&self) -> usize {

@@ -7,7 +7,7 @@
 use crate::backend::KV_BLOCK_LEN;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EvSP");
-const HEAD_WORDS: usize = 10;
+const HEAD_WORDS: usize = 11;
 const ENTRY_WORDS: usize = 5;
 
 /// What a plan asks for.
@@ -29,6 +29,8 @@ pub struct StepPlan {
     /// From 1, without gaps, heartbeats included.
     pub step: u64,
     pub kind: Kind,
+    /// Whether the lead wants all logits of the sampled rows, or only the likeliest token of each.
+    pub whole_logits: bool,
     /// Slots whose tables are dropped before the entries are looked at.
     pub freed_slots: Vec<u32>,
     /// One per sequence of this step.
@@ -79,9 +81,29 @@ pub enum Error {
 }
 
 impl StepPlan {
+    /// An empty one with memory for any plan within `limits`.
+    #[must_use]
+    pub fn with_room(limits: &Limits) -> Self {
+        Self {
+            freed_slots: Vec::with_capacity(limits.n_slots),
+            entries: Vec::with_capacity(limits.n_slots),
+            tokens: Vec::with_capacity(limits.max_batch_tokens),
+            blocks: Vec::with_capacity(limits.max_batch_tokens),
+            ..Self::default()
+        }
+    }
+
+    /// Most bytes of a plan within `limits`.
+    #[must_use]
+    pub fn max_bytes(limits: &Limits) -> usize {
+        let Limits { n_slots, max_batch_tokens, .. } = *limits;
+        4 * (HEAD_WORDS + (1 + ENTRY_WORDS) * n_slots + 2 * max_batch_tokens)
+    }
+
     /// Empties it, keeping its memory.
     pub fn clear(&mut self) {
         self.kind = Kind::Heartbeat;
+        self.whole_logits = false;
         self.freed_slots.clear();
         self.entries.clear();
         self.tokens.clear();
@@ -95,7 +117,7 @@ impl StepPlan {
 
     /// Replaces `out` by the plan's bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let Self { epoch, step, kind, freed_slots, entries, tokens, blocks } = self;
+        let Self { epoch, step, kind, whole_logits, freed_slots, entries, tokens, blocks } = self;
         out.clear();
         let mut word = |n: u32| out.extend_from_slice(&n.to_le_bytes());
         word(MAGIC);
@@ -104,6 +126,7 @@ impl StepPlan {
             Kind::Heartbeat => 2,
             Kind::Leave => 3,
         });
+        word(u32::from(*whole_logits));
         for wide in [*epoch, *step] {
             word(wide as u32);
             word((wide >> 32) as u32);
@@ -141,6 +164,9 @@ impl StepPlan {
             0 => return Err(Error::TooSmall { what: "kind", got: 0, min: 1 }),
             got => return Err(Error::Bound { what: "kind", got: got.into(), max: 3 }),
         };
+        let whole_logits = word();
+        at_most("flag for whole logits", whole_logits as usize, 1)?;
+        self.whole_logits = whole_logits == 1;
         self.epoch = u64::from(word()) | u64::from(word()) << 32;
         self.step = u64::from(word()) | u64::from(word()) << 32;
         let [n_freed, n_entries, n_tokens, n_blocks] =
@@ -246,6 +272,7 @@ mod tests {
             epoch: u64::MAX - 1,
             step: 1 << 40,
             kind: Kind::Run,
+            whole_logits: true,
             freed_slots: vec![3, 0],
             entries: vec![
                 Entry { slot: 2, start: 17, n_tokens: 1, n_blocks: 0, n_sampled: 1 },

@@ -97,6 +97,7 @@ impl Group<'_> {
             max_sample_rows: chunk * sequences.len(),
             max_context: longest,
             spin: false,
+            cores: Vec::new(),
         };
         let mut progress = |done, total| {
             assert!(done <= total);

@@ -4,6 +4,7 @@
 //! kernel an op means. Every result has the same bits whatever the batch, the threads and the
 //! split.
 
+mod angles;
 mod weights;
 
 use std::sync::Arc;
@@ -14,13 +15,15 @@ use evener_kernels::attention::{self, Heads, KvCache, Scratch, attend};
 use evener_kernels::elementwise::silu_gate;
 use evener_kernels::linear::{self, Input, Sum, linear, linear_parts};
 use evener_kernels::norm::rms_norm;
+use evener_kernels::peaks::{n_peaks, peaks};
 use evener_kernels::rope::{self, rotate};
 use evener_kernels::{Isa, Matrix, Pool};
 
 use super::{Backend, Batch, Error, KV_BLOCK_LEN, Loaded, Options};
-use crate::model::config::{Rope, RopePairs};
-use crate::model::program::{BufferId, Op, WeightId};
+use crate::model::config::RopePairs;
+use crate::model::program::{BufferId, Op, Projection, WeightId};
 
+use angles::Angles;
 use weights::Weights;
 pub use weights::load;
 
@@ -30,6 +33,9 @@ const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
 /// another token than exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16
 /// both vanish, for twice the multiplications.
 const PRECISION: Precision = Precision::Int12;
+
+/// Most weights that one linear op has.
+const MAX_PROJECTIONS: usize = 4;
 
 /// A rank's packed weights.
 pub struct Cpu {
@@ -75,6 +81,8 @@ struct Rank {
     caches: Vec<KvCache>,
     activation: Activation,
     attention: Scratch,
+    /// Memory of the step's spans; empty between steps.
+    spans: Vec<attention::Span<'static>>,
     angles: Angles,
     sampled: Vec<f32>, // [S, hidden]
     logits: Vec<f32>,  // [S, own vocabulary rows]
@@ -92,6 +100,10 @@ impl Rank {
         let buffers: Vec<_> =
             program.buffers.iter().map(|b| vec![0.0; b.n_parts * tokens * b.columns]).collect();
         let new_cache = || KvCache::new(n_kv_blocks, program.n_kv_heads, program.head_dim);
+        let pool = match options.cores.get(..options.threads) {
+            Some(cores) => Pool::on_cores(cores, options.spin),
+            None => Pool::new(options.threads, options.spin),
+        };
         Self {
             isa,
             pool,
@@ -99,7 +111,8 @@ impl Rank {
             caches: (0..program.n_layers).map(|_| new_cache()).collect(),
             activation: Activation::with_capacity(tokens.max(options.max_sample_rows), widest, PRECISION),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
-            angles: Angles::new(weights.rope, tokens),
+            spans: Vec::with_capacity(tokens),
+            angles: Angles::new(weights.rope, options.max_context),
             sampled: vec![0.0; options.max_sample_rows * widest],
             logits: vec![0.0; options.max_sample_rows * program.vocab.len()],
             n_logits: 0,
@@ -118,8 +131,17 @@ impl Backend for Rank {
         );
         assert!(batch.sample_rows.len() <= self.max_sample_rows, "and to its sample rows");
         let weights = Arc::clone(&self.weights);
-        self.angles.fill(&batch.positions);
-        let mut step = Step { rank: self, weights: &weights, batch, n_tokens: batch.tokens.len() };
+        let end = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
+        self.angles.extend(&mut self.pool, end);
+        let mut spans = recycled(std::mem::take(&mut self.spans));
+        spans.extend(batch.spans.iter().map(|span| attention::Span {
+            first_row: span.first_row as usize,
+            n_rows: span.n_rows as usize,
+            first_position: batch.positions[span.first_row as usize] as usize,
+            blocks: &batch.block_tables[span.first_block as usize..][..span.n_blocks as usize],
+        }));
+        let n_tokens = batch.tokens.len();
+        let mut step = Step { rank: self, weights: &weights, batch, spans, n_tokens };
         let mut op_tag = 0;
         for op in &weights.program.ops {
             if let Op::AllReduce { .. } = op {
@@ -127,12 +149,27 @@ impl Backend for Rank {
             }
             step.run(op, Tag { step: batch.step, op: op_tag }, collective)?;
         }
+        let spans = recycled(step.spans);
+        self.spans = spans;
         Ok(())
     }
 
     fn logits(&self) -> &[f32] {
         &self.logits[..self.n_logits]
     }
+
+    fn peaks(&mut self, columns: usize, out: &mut Vec<f32>) {
+        let rows = self.n_logits.checked_div(columns).unwrap_or(0);
+        out.resize(rows * n_peaks(columns), 0.0);
+        peaks(&mut self.pool, self.isa, &self.logits[..self.n_logits], columns, out);
+    }
+}
+
+/// The same memory without its content, for spans that live otherwise.
+fn recycled<'a>(mut spans: Vec<attention::Span<'_>>) -> Vec<attention::Span<'a>> {
+    spans.clear();
+    // Collecting a vector's own items in place keeps its memory.
+    spans.into_iter().map(|_| unreachable!("it is empty")).collect()
 }
 
 /// One step of one rank.
@@ -140,6 +177,7 @@ struct Step<'a> {
     rank: &'a mut Rank,
     weights: &'a Weights,
     batch: &'a Batch,
+    spans: Vec<attention::Span<'a>>,
     n_tokens: usize,
 }
 
@@ -150,32 +188,7 @@ impl Step<'_> {
             Op::Norm { residual, delta, weight, eps, out } => {
                 self.norm(*residual, *delta, *weight, *eps, *out);
             }
-            Op::Linear { input, projections } => {
-                let mut outs: Vec<_> = projections.iter().map(|p| self.take(p.out)).collect();
-                let mut jobs: Vec<_> = projections
-                    .iter()
-                    .zip(&mut outs)
-                    .map(|(p, out)| {
-                        let weight = self.weights.matrix(p.weight);
-                        linear::Projection {
-                            weight,
-                            out: &mut out[..self.n_tokens * weight.rows()],
-                        }
-                    })
-                    .collect();
-                let rank = &mut *self.rank;
-                let columns = self.weights.columns(*input);
-                let input = Input {
-                    x: &rank.buffers[input.0][..self.n_tokens * columns],
-                    rows: self.n_tokens,
-                    columns,
-                    scratch: &mut rank.activation,
-                };
-                linear(&mut rank.pool, rank.isa, input, &mut jobs);
-                for (projection, out) in projections.iter().zip(outs) {
-                    self.put(projection.out, out);
-                }
-            }
+            Op::Linear { input, projections } => self.linear(*input, projections),
             Op::LinearParts { input, weight, sum, out: out_id } => {
                 let mut out = self.take(*out_id);
                 let rank = &mut *self.rank;
@@ -239,15 +252,45 @@ impl Step<'_> {
         let columns = self.weights.columns(out);
         let rows = &self.weights.program.weights[table.0].rows;
         let matrix = self.weights.matrix(table);
-        for (&token, out) in self.batch.tokens.iter().zip(buffer.chunks_exact_mut(columns)) {
-            let token = token as usize;
+        let tokens = &self.batch.tokens;
+        let pool = &mut self.rank.pool;
+        pool.for_rows(&mut buffer[..self.n_tokens * columns], columns, &|row, out| {
+            let token = tokens[row] as usize;
             if rows.contains(&token) {
                 matrix.dequantise_row(token - rows.start, out);
             } else {
                 out.fill(0.0);
             }
-        }
+        });
         self.put(out, buffer);
+    }
+
+    fn linear(&mut self, input: BufferId, projections: &[Projection]) {
+        assert!(projections.len() <= MAX_PROJECTIONS, "{} projections", projections.len());
+        let mut outs: [Vec<f32>; MAX_PROJECTIONS] = Default::default();
+        for (out, projection) in outs.iter_mut().zip(projections) {
+            *out = self.take(projection.out);
+        }
+        let mut outs_left = outs.iter_mut();
+        let mut jobs: [linear::Projection<'_>; MAX_PROJECTIONS] = std::array::from_fn(|i| {
+            // Places beyond the last projection repeat it without room for a product.
+            let weight = self.weights.matrix(projections[i.min(projections.len() - 1)].weight);
+            let out = outs_left.next().expect("as many places");
+            let n = if i < projections.len() { self.n_tokens * weight.rows() } else { 0 };
+            linear::Projection { weight, out: &mut out[..n] }
+        });
+        let rank = &mut *self.rank;
+        let columns = self.weights.columns(input);
+        let input = Input {
+            x: &rank.buffers[input.0][..self.n_tokens * columns],
+            rows: self.n_tokens,
+            columns,
+            scratch: &mut rank.activation,
+        };
+        linear(&mut rank.pool, rank.isa, input, &mut jobs[..projections.len()]);
+        for (projection, out) in projections.iter().zip(outs) {
+            self.put(projection.out, out);
+        }
     }
 
     fn norm(
@@ -276,15 +319,19 @@ impl Step<'_> {
             RopePairs::Halves => rope::Pairs::Halves,
         };
         let (mut queries, mut keys) = (self.take(q), self.take(k));
+        let (batch, n) = (self.batch, self.n_tokens);
         let rank = &mut *self.rank;
+        let (isa, angles) = (rank.isa, &rank.angles);
+        let turn = |row: usize, x: &mut [f32]| {
+            let (cos, sin) = angles.at(batch.positions[row] as usize);
+            rotate(isa, x, head_dim, pairs, cos, sin);
+        };
+        rank.pool.for_rows(&mut queries[..n * q_columns], q_columns, &turn);
+        rank.pool.for_rows(&mut keys[..n * kv_columns], kv_columns, &turn);
         let values = &rank.buffers[v.0];
-        for (row, &slot) in self.batch.slots.iter().enumerate() {
-            let (cos, sin) = rank.angles.row(row);
-            let (q, kv) = (row * q_columns, row * kv_columns);
-            rotate(&mut queries[q..q + q_columns], head_dim, pairs, cos, sin);
-            rotate(&mut keys[kv..kv + kv_columns], head_dim, pairs, cos, sin);
-            let (k, v) = (&keys[kv..kv + kv_columns], &values[kv..kv + kv_columns]);
-            rank.caches[layer].write(slot as usize, k, v);
+        for (row, &slot) in batch.slots.iter().enumerate() {
+            let kv = row * kv_columns..(row + 1) * kv_columns;
+            rank.caches[layer].write(slot as usize, &keys[kv.clone()], &values[kv]);
         }
         self.put(q, queries);
         self.put(k, keys);
@@ -300,17 +347,6 @@ impl Step<'_> {
     ) {
         let n = self.n_tokens * self.weights.columns(q);
         let mut buffer = self.take(out);
-        let batch = self.batch;
-        let spans: Vec<_> = batch
-            .spans
-            .iter()
-            .map(|span| attention::Span {
-                first_row: span.first_row as usize,
-                n_rows: span.n_rows as usize,
-                first_position: batch.positions[span.first_row as usize] as usize,
-                blocks: &batch.block_tables[span.first_block as usize..][..span.n_blocks as usize],
-            })
-            .collect();
         let heads = Heads { kv_of_head, head_dim: self.weights.program.head_dim, scale };
         let rank = &mut *self.rank;
         attend(
@@ -318,7 +354,7 @@ impl Step<'_> {
             rank.isa,
             &rank.caches[layer],
             heads,
-            &spans,
+            &self.spans,
             &rank.buffers[q.0][..n],
             &mut buffer[..n],
             &mut rank.attention,
@@ -330,11 +366,10 @@ impl Step<'_> {
         let columns = self.weights.columns(input);
         let rank = &mut *self.rank;
         let n_rows = self.batch.sample_rows.len();
-        for (&row, out) in self.batch.sample_rows.iter().zip(rank.sampled.chunks_exact_mut(columns))
-        {
-            let at = row as usize * columns;
-            out.copy_from_slice(&rank.buffers[input.0][at..at + columns]);
-        }
+        let (rows, stream) = (&self.batch.sample_rows, &rank.buffers[input.0]);
+        rank.pool.for_rows(&mut rank.sampled[..n_rows * columns], columns, &|i, out| {
+            out.copy_from_slice(&stream[rows[i] as usize * columns..][..columns]);
+        });
         let weight: &Matrix = self.weights.matrix(weight);
         rank.n_logits = n_rows * weight.rows();
         let input = Input {
@@ -345,42 +380,5 @@ impl Step<'_> {
         };
         let out = &mut rank.logits[..rank.n_logits];
         linear(&mut rank.pool, rank.isa, input, &mut [linear::Projection { weight, out }]);
-    }
-}
-
-/// Cosine and sine of every row's angles, made once a step.
-#[derive(Default)]
-struct Angles {
-    frequencies: Vec<f64>, // radians a position, by pair
-    cos: Vec<f32>,         // [T, pairs]
-    sin: Vec<f32>,         // [T, pairs]
-}
-
-impl Angles {
-    /// libm's own functions, so that all machines turn by the same angle.
-    fn new(rope: Option<Rope>, max_rows: usize) -> Self {
-        let Some(rope) = rope else { return Self::default() };
-        let exponent = |pair: usize| -2.0 * pair as f64 / rope.dim as f64;
-        let frequency = |pair| libm::pow(f64::from(rope.theta), exponent(pair));
-        let frequencies: Vec<f64> = (0..rope.dim / 2).map(frequency).collect();
-        let room = max_rows * frequencies.len();
-        Self { frequencies, cos: Vec::with_capacity(room), sin: Vec::with_capacity(room) }
-    }
-
-    fn fill(&mut self, positions: &[u32]) {
-        self.cos.clear();
-        self.sin.clear();
-        for &position in positions {
-            for frequency in &self.frequencies {
-                let angle = f64::from(position) * frequency;
-                self.cos.push(libm::cos(angle) as f32);
-                self.sin.push(libm::sin(angle) as f32);
-            }
-        }
-    }
-
-    fn row(&self, row: usize) -> (&[f32], &[f32]) {
-        let n = self.frequencies.len();
-        (&self.cos[row * n..(row + 1) * n], &self.sin[row * n..(row + 1) * n])
     }
 }

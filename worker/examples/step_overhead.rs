@@ -1,0 +1,209 @@
+//! Prints what a step of the lead costs outside kernels and collective, as a whole and by part.
+//!
+//! `cargo run --release -p evener-worker --example step_overhead [sequences] [vocab]`. The engine is
+//! the real one; the backend computes nothing but the peaks of logits that never change, and that is
+//! taken out again.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use evener_collective::{Collective, Mesh, Options as MeshOptions};
+use evener_kernels::Isa;
+use evener_kernels::peaks::{n_peaks, peaks_of};
+use evener_worker::backend::{Backend, Batch, Error as BackendError};
+use evener_worker::engine::batch::Tables;
+use evener_worker::engine::sampler::{Row, Sampling, Scratch, sample};
+use evener_worker::engine::scheduler::{self, Scheduler};
+use evener_worker::engine::sequence::Spec;
+use evener_worker::engine::step::{Limits, StepPlan};
+use evener_worker::engine::{Lead, Rank, batch};
+
+type Failure = Box<dyn std::error::Error>;
+
+const CONTEXT: usize = 4096;
+const STEPS: u32 = 2000;
+
+fn main() -> Result<(), Failure> {
+    let number = |at| std::env::args().nth(at).and_then(|word| word.parse::<usize>().ok());
+    let (n_sequences, vocab) = (number(1).unwrap_or(8), number(2).unwrap_or(49_152));
+    let limits = Limits {
+        n_slots: n_sequences,
+        max_batch_tokens: 512,
+        max_sample_rows: n_sequences + 32,
+        max_context: CONTEXT,
+        n_kv_blocks: (n_sequences * CONTEXT / 16) as u32,
+        vocab,
+    };
+    println!("{n_sequences} sequences, vocabulary of {vocab}, {STEPS} steps; us, p50 / p99");
+    let greedy = Sampling::default();
+    let top_k = Sampling { temperature: 0.8, top_k: 40, ..Sampling::default() };
+    let top_p = Sampling { temperature: 0.8, top_k: 40, top_p: 0.9, ..Sampling::default() };
+    for (name, sampling) in [("greedy", &greedy), ("top-k 40", &top_k), ("top-k, top-p", &top_p)] {
+        show(&format!("whole step, {name}"), whole_step(&limits, sampling)?);
+    }
+    parts(&limits, &greedy)?;
+    for (name, sampling) in [("greedy", &greedy), ("top-k 40", &top_k)] {
+        show(&format!("sample all rows, {name}"), sampling_alone(&limits, sampling)?);
+    }
+    Ok(())
+}
+
+fn show(name: &str, mut took: Vec<Duration>) {
+    took.sort_unstable();
+    let at = |percent: usize| took.get(took.len() * percent / 100).copied().unwrap_or_default();
+    let micros = |took: Duration| took.as_secs_f64() * 1e6;
+    println!("{name:<34}{:>8.1} / {:.1}", micros(at(50)), micros(at(99)));
+}
+
+/// Logits that look like a model's: a bell curve, no two alike.
+fn logits(rows: usize, vocab: usize) -> Vec<f32> {
+    let mut x = 0x2545_f491_u32;
+    let mut uniform = || {
+        x ^= x << 13;
+        x ^= x >> 17;
+        x ^= x << 5;
+        x as f32 / u32::MAX as f32 - 0.5
+    };
+    (0..rows * vocab).map(|_| (0..6).map(|_| uniform()).sum::<f32>() * 4.0).collect()
+}
+
+/// Runs nothing, and notes how long it was left alone.
+struct Idle {
+    logits: Vec<f32>,
+    n_rows: usize,
+    vocab: usize,
+    left_at: Option<Instant>,
+    /// Time of the peaks since then.
+    inside: Duration,
+    gaps: Arc<Mutex<Vec<Duration>>>,
+}
+
+impl Backend for Idle {
+    fn run(&mut self, batch: &Batch, _: &mut dyn Collective) -> Result<(), BackendError> {
+        let is_decode = batch.tokens.len() == batch.sample_rows.len();
+        if let Some(left_at) = self.left_at.filter(|_| is_decode) {
+            let mut gaps = self.gaps.lock().unwrap_or_else(PoisonError::into_inner);
+            gaps.push(left_at.elapsed().saturating_sub(self.inside));
+        }
+        self.n_rows = batch.sample_rows.len();
+        self.inside = Duration::ZERO;
+        self.left_at = Some(Instant::now());
+        Ok(())
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits[..self.n_rows * self.vocab]
+    }
+
+    fn peaks(&mut self, columns: usize, out: &mut Vec<f32>) {
+        let began = Instant::now();
+        out.resize(self.n_rows * n_peaks(columns), 0.0);
+        let rows = self.logits.chunks_exact(columns).zip(out.chunks_exact_mut(n_peaks(columns)));
+        rows.for_each(|(row, out)| peaks_of(Isa::detect(), row, out));
+        self.inside += began.elapsed();
+    }
+}
+
+/// From the end of one run of the backend to the beginning of the next.
+fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Failure> {
+    let mesh = Mesh::local(1, 1, &MeshOptions::default())?.remove(0);
+    let gaps = Arc::new(Mutex::new(Vec::with_capacity(STEPS as usize + 16)));
+    let backend = Idle {
+        logits: logits(limits.n_slots, limits.vocab),
+        n_rows: 0,
+        vocab: limits.vocab,
+        left_at: None,
+        inside: Duration::ZERO,
+        gaps: Arc::clone(&gaps),
+    };
+    let whole = 0..limits.vocab;
+    let rank = Rank::new(mesh, Box::new(backend), vec![whole], limits.clone());
+    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let (handle, mut lead) = Lead::new(rank, options, Arc::default());
+    let leading = std::thread::spawn(move || lead.run().map_err(|error| error.to_string()));
+    let (requests, mut outputs) = handle.open(1 << 16)?;
+    for id in 0..limits.n_slots as u64 {
+        requests.submit(id, spec(id, sampling))?;
+    }
+    let mut n_left = limits.n_slots;
+    while n_left > 0 {
+        let output = outputs.blocking_recv().ok_or("the lead is gone")?;
+        n_left -= output.events.iter().filter(|event| event.end.is_some()).count();
+    }
+    handle.leave()?;
+    leading.join().map_err(|_| "the lead panicked")??;
+    let mut gaps = gaps.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(gaps.split_off(gaps.len() / 10)) // the first are not warm
+}
+
+fn spec(id: u64, sampling: &Sampling) -> Spec {
+    let sampling = Sampling { seed: id, ..sampling.clone() };
+    Spec { prompt: vec![1, 2, 3], max_tokens: STEPS, sampling, prompt_logprobs: false }
+}
+
+/// Scheduling, the plan's form on the wire and the batch, each alone.
+fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
+    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let mut scheduler = Scheduler::new(options);
+    for id in 0..limits.n_slots as u64 {
+        scheduler.submit(spec(id, sampling))?;
+    }
+    let mut plan = StepPlan::with_room(limits);
+    let mut decoded = StepPlan::with_room(limits);
+    let (mut tables, mut flat) = (Tables::new(limits), batch::with_room(limits));
+    let (mut wire, mut committed) = (Vec::new(), Vec::new());
+    let names = ["schedule", "encode", "decode (follower)", "tables to batch", "commit"];
+    let mut took: [Vec<Duration>; 5] = Default::default();
+    let mut step = 0;
+    let tokens = vec![Some(9); limits.n_slots];
+    loop {
+        let began = Instant::now();
+        if !scheduler.schedule(&mut plan) {
+            break;
+        }
+        took[0].push(began.elapsed());
+        step += 1;
+        plan.step = step;
+        took[1].push(timed(|| plan.encode(&mut wire)));
+        let began = Instant::now();
+        decoded.decode(&wire, limits)?;
+        took[2].push(began.elapsed());
+        let began = Instant::now();
+        tables.apply(&decoded, &mut flat)?;
+        took[3].push(began.elapsed());
+        committed.clear();
+        let tokens = &tokens[..plan.entries.len()];
+        took[4].push(timed(|| scheduler.commit(&plan, tokens, &mut committed)));
+    }
+    for (name, took) in names.into_iter().zip(took) {
+        show(name, took);
+    }
+    Ok(())
+}
+
+fn sampling_alone(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Failure> {
+    let (vocab, isa) = (limits.vocab, Isa::detect());
+    let logits = logits(limits.n_slots, vocab);
+    let mut peaks = vec![0.0; limits.n_slots * n_peaks(vocab)];
+    let rows = || logits.chunks_exact(vocab);
+    for (row, peaks) in rows().zip(peaks.chunks_exact_mut(n_peaks(vocab))) {
+        peaks_of(isa, row, peaks);
+    }
+    let mut scratch = Scratch::default();
+    let mut took = Vec::new();
+    for position in 0..STEPS {
+        let began = Instant::now();
+        for (row, peaks) in rows().zip(peaks.chunks_exact(n_peaks(vocab))) {
+            let row = Row::new(isa, row, peaks)?;
+            std::hint::black_box(sample(&row, sampling, position, &mut scratch));
+        }
+        took.push(began.elapsed());
+    }
+    Ok(took)
+}
+
+fn timed(job: impl FnOnce()) -> Duration {
+    let began = Instant::now();
+    job();
+    began.elapsed()
+}
