@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use evener_collective::{Collective, Tag};
 use evener_kernels::activation::{Activation, Precision};
-use evener_kernels::attention::{self, Heads, KvCache, Scratch, attend};
+use evener_kernels::attention::{self, Heads, KvCache, Rows, Scratch, attend};
 use evener_kernels::elementwise::silu_gate;
 use evener_kernels::linear::{self, Input, Sum, linear, linear_parts};
 use evener_kernels::norm::rms_norm;
@@ -53,8 +53,8 @@ impl Loaded for Cpu {
 
     fn kv_block_bytes(&self) -> u64 {
         let program = &self.weights.program;
-        let per_layer = 2 * 4 * program.n_kv_heads * program.head_dim * KV_BLOCK_LEN;
-        (program.n_layers * per_layer) as u64
+        let per_head = self.options.kv_format.bytes_per_position(program.head_dim);
+        (program.n_layers * program.n_kv_heads * per_head * KV_BLOCK_LEN) as u64
     }
 
     fn name(&self) -> String {
@@ -81,8 +81,8 @@ struct Rank {
     caches: Vec<KvCache>,
     activation: Activation,
     attention: Scratch,
-    /// Memory of the step's spans; empty between steps.
-    spans: Vec<attention::Span<'static>>,
+    /// Of the current step.
+    spans: Vec<attention::Span>,
     angles: Angles,
     sampled: Vec<f32>, // [S, hidden]
     logits: Vec<f32>,  // [S, own vocabulary rows]
@@ -99,7 +99,8 @@ impl Rank {
         let widest = program.buffers.iter().map(|b| b.columns).max().unwrap_or(0);
         let buffers: Vec<_> =
             program.buffers.iter().map(|b| vec![0.0; b.n_parts * tokens * b.columns]).collect();
-        let new_cache = || KvCache::new(n_kv_blocks, program.n_kv_heads, program.head_dim);
+        let (n_kv_heads, head_dim) = (program.n_kv_heads, program.head_dim);
+        let new_cache = || KvCache::new(options.kv_format, n_kv_blocks, n_kv_heads, head_dim);
         let pool = match options.cores.get(..options.threads) {
             Some(cores) => Pool::on_cores(cores, options.spin),
             None => Pool::new(options.threads, options.spin),
@@ -133,15 +134,14 @@ impl Backend for Rank {
         let weights = Arc::clone(&self.weights);
         let end = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
         self.angles.extend(&mut self.pool, end);
-        let mut spans = recycled(std::mem::take(&mut self.spans));
-        spans.extend(batch.spans.iter().map(|span| attention::Span {
+        self.spans.clear();
+        self.spans.extend(batch.spans.iter().map(|span| attention::Span {
             first_row: span.first_row as usize,
             n_rows: span.n_rows as usize,
             first_position: batch.positions[span.first_row as usize] as usize,
-            blocks: &batch.block_tables[span.first_block as usize..][..span.n_blocks as usize],
+            first_block: span.first_block as usize,
         }));
-        let n_tokens = batch.tokens.len();
-        let mut step = Step { rank: self, weights: &weights, batch, spans, n_tokens };
+        let mut step = Step { rank: self, weights: &weights, batch, n_tokens: batch.tokens.len() };
         let mut op_tag = 0;
         for op in &weights.program.ops {
             if let Op::AllReduce { .. } = op {
@@ -149,8 +149,6 @@ impl Backend for Rank {
             }
             step.run(op, Tag { step: batch.step, op: op_tag }, collective)?;
         }
-        let spans = recycled(step.spans);
-        self.spans = spans;
         Ok(())
     }
 
@@ -165,19 +163,11 @@ impl Backend for Rank {
     }
 }
 
-/// The same memory without its content, for spans that live otherwise.
-fn recycled<'a>(mut spans: Vec<attention::Span<'_>>) -> Vec<attention::Span<'a>> {
-    spans.clear();
-    // Collecting a vector's own items in place keeps its memory.
-    spans.into_iter().map(|_| unreachable!("it is empty")).collect()
-}
-
 /// One step of one rank.
 struct Step<'a> {
     rank: &'a mut Rank,
     weights: &'a Weights,
     batch: &'a Batch,
-    spans: Vec<attention::Span<'a>>,
     n_tokens: usize,
 }
 
@@ -331,7 +321,7 @@ impl Step<'_> {
         let values = &rank.buffers[v.0];
         for (row, &slot) in batch.slots.iter().enumerate() {
             let kv = row * kv_columns..(row + 1) * kv_columns;
-            rank.caches[layer].write(slot as usize, &keys[kv.clone()], &values[kv]);
+            rank.caches[layer].write(isa, slot as usize, &keys[kv.clone()], &values[kv]);
         }
         self.put(q, queries);
         self.put(k, keys);
@@ -349,12 +339,13 @@ impl Step<'_> {
         let mut buffer = self.take(out);
         let heads = Heads { kv_of_head, head_dim: self.weights.program.head_dim, scale };
         let rank = &mut *self.rank;
+        let rows = Rows { spans: &rank.spans, block_tables: &self.batch.block_tables };
         attend(
             &mut rank.pool,
             rank.isa,
             &rank.caches[layer],
             heads,
-            &self.spans,
+            rows,
             &rank.buffers[q.0][..n],
             &mut buffer[..n],
             &mut rank.attention,
