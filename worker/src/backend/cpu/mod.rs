@@ -319,10 +319,9 @@ impl Step<'_> {
         rank.pool.for_rows(&mut queries[..n * q_columns], q_columns, &turn);
         rank.pool.for_rows(&mut keys[..n * kv_columns], kv_columns, &turn);
         let values = &rank.buffers[v.0];
-        for (row, &slot) in batch.slots.iter().enumerate() {
-            let kv = row * kv_columns..(row + 1) * kv_columns;
-            rank.caches[layer].write(isa, slot as usize, &keys[kv.clone()], &values[kv]);
-        }
+        let n = self.n_tokens * kv_columns;
+        let pool = &mut rank.pool;
+        rank.caches[layer].write(pool, isa, &batch.slots, &keys[..n], &values[..n]);
         self.put(q, queries);
         self.put(k, keys);
     }
