@@ -97,7 +97,11 @@ impl Rank {
             pool,
             buffers,
             caches: (0..program.n_layers).map(|_| new_cache()).collect(),
-            activation: Activation::with_capacity(tokens.max(options.max_sample_rows), widest, PRECISION),
+            activation: Activation::with_capacity(
+                tokens.max(options.max_sample_rows),
+                widest,
+                PRECISION,
+            ),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             angles: Angles::new(weights.rope, tokens),
             sampled: vec![0.0; options.max_sample_rows * widest],
