@@ -4,6 +4,7 @@
 //! 8 bits are the scheme of ggml's Q8_1: a scale for each run, `q = round(x / d)`. 12 bits are two
 //! int8 terms, `q = 16 * high + low`, with a scale for up to eight runs of a leaf.
 
+use crate::dense::Terms;
 use crate::isa::{Isa, dispatch};
 use crate::pool::{Pool, Shards, part};
 
@@ -62,6 +63,8 @@ pub struct Activation {
     pub(crate) isum: Vec<i32>,
     /// Scales. `[group, scale, 16 rows]`
     pub(crate) d: Vec<f32>,
+    /// The rows in bf16, for weights that want them so.
+    pub(crate) terms: Terms,
     pub(crate) shape: Shape,
 }
 
@@ -110,6 +113,7 @@ impl Activation {
             sum: vec![0.0; runs],
             isum: vec![0; 2 * runs],
             d: vec![0.0; runs],
+            terms: Terms::default(),
             shape: Shape::default(),
         }
     }
@@ -173,10 +177,10 @@ struct Target<'a> {
 
 fn quantise_scales(isa: Isa, x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) {
     dispatch!(isa, fn(x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) =>
-        match to.precision {
-            Precision::Int8 => quantise_generic::<1>(x, to, scales),
-            Precision::Int12 => quantise_generic::<2>(x, to, scales),
-        });
+    match to.precision {
+        Precision::Int8 => quantise_generic::<1>(x, to, scales),
+        Precision::Int12 => quantise_generic::<2>(x, to, scales),
+    });
 }
 
 #[inline(always)]

@@ -2,8 +2,8 @@
 //! only home of SIMD. No dependency on the rest of Evener, no I/O.
 //!
 //! Every result is a function of its own row and the weights: the sequence of float operations of
-//! an output element does not depend on the batch, the number of threads or the instruction set.
-//! Tests compare bits.
+//! an output element does not depend on the batch, the number of threads or (but for bf16 weights,
+//! see `dense`) the instruction set. Tests compare bits.
 
 // Lanes and rows of several arrays are walked together by one index, and inner loops take what they
 // work on as arguments.
@@ -25,6 +25,7 @@ pub mod pool;
 pub mod rope;
 pub mod softmax;
 
+mod dense;
 mod lanes;
 mod math;
 

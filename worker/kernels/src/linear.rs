@@ -9,11 +9,12 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::activation::{Activation, BLOCK, GROUP, Precision};
-use crate::isa::{Isa, dispatch};
+use crate::dense;
+use crate::isa::Isa;
 use crate::matrix::{Matrix, TILE_ROWS, Weights};
 use crate::pool::{Pool, Shards, part};
 use crate::quant::blocks::Blocks;
-use crate::quant::{f32_tile, portable, with_blocks};
+use crate::quant::{portable, with_blocks};
 
 #[cfg(target_arch = "x86_64")]
 use crate::quant::amx;
@@ -71,18 +72,15 @@ pub(crate) struct TileWeights<'a> {
     pub(crate) first_run: usize,
 }
 
-/// A group of 16 rows of activations, in both forms; shapes as in [`Activation`].
+/// A group of 16 rows of activations as integers; shapes as in [`Activation`].
 #[derive(Clone, Copy)]
 pub(crate) struct Group<'a> {
     pub(crate) q: &'a [i8],
     pub(crate) sum: &'a [f32],
     pub(crate) isum: &'a [i32],
     pub(crate) d: &'a [f32],
-    /// `[rows of the step, columns]`
-    pub(crate) x: &'a [f32],
     /// Row of the step at which the group begins.
     pub(crate) first: usize,
-    pub(crate) columns: usize,
 }
 
 /// Multiplies one input with several weights of the same width.
@@ -125,6 +123,9 @@ fn run(
     if projections.iter().any(|p| p.weight.is_quantised()) {
         scratch.quantise(pool, isa, x, rows, columns, sum.leaf_columns);
     }
+    if projections.iter().any(|p| dense::needs_terms(isa, p.weight.format, scratch.precision)) {
+        scratch.terms.fill(pool, isa, scratch.precision, x, columns);
+    }
     let mut jobs = [const { None }; MAX_PROJECTIONS];
     let mut n_tiles = 0;
     assert!(projections.len() <= MAX_PROJECTIONS, "a fused group of {}", projections.len());
@@ -143,9 +144,9 @@ fn run(
             let mut first = 0;
             for job in jobs.iter().flatten() {
                 let end = first + job.weight.n_tiles();
-                for tile in tiles.start.max(first)..tiles.end.min(end) {
-                    job.tile(&step, tile - first, rows.clone());
-                }
+                let tiles =
+                    tiles.start.clamp(first, end) - first..tiles.end.clamp(first, end) - first;
+                job.tiles(&step, tiles, rows.clone());
                 first = end;
             }
         }
@@ -216,7 +217,7 @@ impl<'a> Step<'a> {
         (rows / (4 * GROUP) * 4 * GROUP).max(4 * GROUP)
     }
 
-    fn group(&self, group: usize, columns: usize) -> Group<'a> {
+    fn group(&self, group: usize) -> Group<'a> {
         let (scratch, shape) = (self.scratch, self.scratch.shape);
         let runs = shape.n_runs * GROUP;
         Group {
@@ -224,14 +225,30 @@ impl<'a> Step<'a> {
             sum: slice(&scratch.sum, group, runs),
             isum: slice(&scratch.isum, group, 2 * runs),
             d: slice(&scratch.d, group, shape.n_scales * GROUP),
-            x: self.x,
             first: group * GROUP,
-            columns,
         }
     }
 }
 
 impl Job<'_> {
+    fn tiles(&self, step: &Step<'_>, tiles: Range<usize>, rows: Range<usize>) {
+        if let Weights::Dense(w) = &self.weight.weights {
+            let task = dense::Task {
+                x: step.x,
+                terms: &step.scratch.terms,
+                rows: step.rows,
+                columns: self.weight.columns,
+                sum: step.sum,
+                out: self.out,
+                out_columns: self.weight.rows,
+            };
+            return dense::run(step.isa, step.scratch.precision, w, tiles, rows, &task);
+        }
+        for tile in tiles {
+            self.tile(step, tile, rows.clone());
+        }
+    }
+
     fn tile(&self, step: &Step<'_>, tile: usize, rows: Range<usize>) {
         let first_column = tile * TILE_ROWS;
         let n = (self.weight.rows - first_column).min(TILE_ROWS);
@@ -249,16 +266,7 @@ impl Job<'_> {
                     Precision::Int12 => self.integers::<B, 2>(step, &w, rows, store),
                 }
             }, _ => unreachable!("quantised formats have blocks")),
-            Weights::F32(weights) => {
-                let each = self.weight.columns * TILE_ROWS;
-                let w = &weights[tile * each..(tile + 1) * each];
-                self.by_rows(step, rows, |x, row, n| match n {
-                    8 => run_f32_tile::<8>(step.isa, w, x, row, step.sum, &store),
-                    4 => run_f32_tile::<4>(step.isa, w, x, row, step.sum, &store),
-                    2 => run_f32_tile::<2>(step.isa, w, x, row, step.sum, &store),
-                    _ => run_f32_tile::<1>(step.isa, w, x, row, step.sum, &store),
-                });
-            }
+            Weights::Dense(_) => unreachable!("`tiles` took them"),
         }
     }
 
@@ -271,7 +279,7 @@ impl Job<'_> {
     ) {
         #[cfg(target_arch = "x86_64")]
         if step.isa == Isa::Avx512Amx && TERMS == 2 && rows.len() >= amx::MIN_ROWS {
-            let group = |group| step.group(group, self.weight.columns);
+            let group = |group| step.group(group);
             // SAFETY: this instruction set was detected on this CPU.
             unsafe { amx::run_tile::<B, TERMS>(w, rows, &group, step.sum, &store) };
             return;
@@ -285,15 +293,10 @@ impl Job<'_> {
     }
 
     /// Calls `run` with 8, 4, 2 or 1 rows of a group at a time.
-    fn by_rows(
-        &self,
-        step: &Step<'_>,
-        rows: Range<usize>,
-        run: impl Fn(&Group<'_>, usize, usize),
-    ) {
+    fn by_rows(&self, step: &Step<'_>, rows: Range<usize>, run: impl Fn(&Group<'_>, usize, usize)) {
         let mut row = rows.start;
         while row < rows.end {
-            let group = step.group(row / GROUP, self.weight.columns);
+            let group = step.group(row / GROUP);
             let end = rows.end.min(group.first + GROUP);
             while row < end {
                 let n = match end - row {
@@ -466,27 +469,4 @@ fn run_tile<B: Blocks, const M: usize, const TERMS: usize>(
         Isa::Avx2 => unsafe { run_tile_avx2::<B, M, TERMS>(w, x, first, sum, store) },
         _ => run_tile_portable::<B, M, TERMS>(w, x, first, sum, store),
     }
-}
-
-type Store<'a> = &'a dyn Fn(usize, usize, &[f32; TILE_ROWS]);
-
-fn run_f32_tile<const M: usize>(
-    isa: Isa,
-    w: &[f32],
-    x: &Group<'_>,
-    first: usize,
-    sum: &Sum<'_>,
-    store: Store<'_>,
-) {
-    dispatch!(isa, fn<M>(
-        w: &[f32], x: &Group<'_>, first: usize, sum: &Sum<'_>, store: Store<'_>,
-    ) => {
-        let same = |lanes: [f32; TILE_ROWS]| lanes;
-        let run = |b, acc: &mut _| f32_tile::block::<M>(w, b, x, first, acc);
-        let fold = |_, acc: &[[f32; TILE_ROWS]; M], total: &mut [[f32; TILE_ROWS]; M]| {
-            *total = *acc;
-        };
-        let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);
-        sum_leaves!(M, sum, usize::MAX, [0f32; TILE_ROWS], add_lanes, same, run, fold, store);
-    });
 }

@@ -8,10 +8,11 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use crate::dense::{self, Dense};
 use crate::memory::{Memory, Stretch};
 use crate::pool::{Pool, Shards, part};
 use crate::quant::tiles::{Record, Tiles};
-use crate::quant::{Format, f32_tile, with_blocks};
+use crate::quant::{Format, with_blocks};
 
 /// Rows of a tile: the lanes of a 512-bit vector.
 pub const TILE_ROWS: usize = 16;
@@ -33,8 +34,8 @@ pub struct Matrix {
 pub(crate) enum Weights {
     /// Multiplied with integer activations.
     Quantised(Tiles),
-    /// `[tile, column, 16]`, multiplied with f32 activations.
-    F32(f32_tile::Tiles),
+    /// Multiplied with f32 or bf16 activations.
+    Dense(Dense),
 }
 
 /// Where a matrix's numbers come from.
@@ -156,8 +157,9 @@ impl Layout {
             let record = Record::new::<B>(columns, first);
             Self { rows, columns, format, tile_bytes: record.len(), record: Some(record) }
         }, _ => {
-            let tile_bytes = f32_tile::tile_bytes(columns);
-            Self { rows, columns, format: Format::F32, tile_bytes, record: None }
+            let format = dense::format_of(format);
+            let tile_bytes = dense::tile_bytes(format, columns);
+            Self { rows, columns, format, tile_bytes, record: None }
         })
     }
 
@@ -181,7 +183,7 @@ impl Layout {
                 B => record.pack::<B>(source, rows, bytes),
                 _ => unreachable!("quantised formats have blocks")
             ),
-            None => f32_tile::pack(source, self.columns, rows, bytes),
+            None => dense::pack_tile(self.format, source, rows, bytes),
         }
     }
 
@@ -189,7 +191,7 @@ impl Layout {
         let Self { rows, columns, format, tile_bytes: _, record } = self;
         let weights = match record {
             Some(record) => Weights::Quantised(Tiles { bytes, record }),
-            None => Weights::F32(f32_tile::Tiles(bytes)),
+            None => Weights::Dense(Dense::new(format, columns, bytes)),
         };
         Matrix { rows, columns, format, weights }
     }
@@ -225,7 +227,7 @@ impl Matrix {
         self.rows.div_ceil(TILE_ROWS)
     }
 
-    /// Whether it is multiplied with integer activations, or with f32.
+    /// Whether it is multiplied with integer activations, or with floats.
     #[must_use]
     pub fn is_quantised(&self) -> bool {
         matches!(self.weights, Weights::Quantised(_))
@@ -236,7 +238,7 @@ impl Matrix {
     pub fn bytes(&self) -> u64 {
         match &self.weights {
             Weights::Quantised(tiles) => tiles.bytes.len() as u64,
-            Weights::F32(tiles) => tiles.0.len() as u64,
+            Weights::Dense(dense) => dense.bytes() as u64,
         }
     }
 
@@ -252,12 +254,7 @@ impl Matrix {
                 B => tiles.dequantise::<B>(row, out),
                 _ => unreachable!("quantised formats have blocks")
             ),
-            Weights::F32(weights) => {
-                let first = row / TILE_ROWS * self.columns;
-                for (k, out) in out.iter_mut().enumerate() {
-                    *out = weights[(first + k) * TILE_ROWS + row % TILE_ROWS] + 0.0;
-                }
-            }
+            Weights::Dense(dense) => dense.dequantise(row, out),
         }
     }
 }

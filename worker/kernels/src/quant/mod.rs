@@ -105,7 +105,6 @@ pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod blocks;
-pub(crate) mod f32_tile;
 pub(crate) mod portable;
 pub(crate) mod tiles;
 

@@ -110,7 +110,11 @@ impl Rank {
             pool,
             buffers,
             caches: (0..program.n_layers).map(|_| new_cache()).collect(),
-            activation: Activation::with_capacity(tokens.max(options.max_sample_rows), widest, PRECISION),
+            activation: Activation::with_capacity(
+                tokens.max(options.max_sample_rows),
+                widest,
+                PRECISION,
+            ),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             spans: Vec::with_capacity(tokens),
             angles: Angles::new(weights.rope, options.max_context),
