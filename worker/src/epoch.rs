@@ -74,6 +74,8 @@ pub struct Ready {
     pub deterministic: bool,
     /// By peer rank.
     pub links: Vec<&'static str>,
+    /// From the join to here.
+    pub load_ms: u32,
 }
 
 /// How an epoch ended.
@@ -221,6 +223,7 @@ impl Life {
         let began = Instant::now();
         *device = self.take_previous()?;
         let mut mesh = self.connect_and_load(device)?;
+        let loaded_at = Instant::now();
         // The others may still be loading: until Ready the deadline is the join's.
         let left = self.spec.join_timeout.saturating_sub(began.elapsed());
         let join_deadline = left.max(self.spec.step_timeout);
@@ -232,19 +235,22 @@ impl Life {
         self.epoch.progress.send_replace(Progress::Warming);
         let Device { key, about, form } = *device.take().expect("it was there");
         let (backend, n_kv_blocks) = form.into_backend(limits.n_kv_blocks)?;
-        let ready = Ready {
+        let allocated_at = Instant::now();
+        let mut ready = Ready {
             resident_weight_bytes: about.resident_weight_bytes,
             kv_blocks,
             group_kv_blocks: limits.n_kv_blocks,
             backend: about.name.clone(),
             deterministic: about.deterministic,
             links: mesh.links(),
+            load_ms: 0,
         };
         let vocab = self.spec.split.shards.iter().map(|shard| shard.vocab.clone()).collect();
         let mut rank = Rank::new(mesh, backend, vocab, limits.clone());
         let (rank, result) = match warm_up(&mut rank, self.epoch.rank, join_deadline) {
             Ok(()) => {
                 rank.mesh_mut().set_step_timeout(self.spec.step_timeout);
+                ready.load_ms = self.log_ready(&ready, [began, loaded_at, allocated_at]);
                 self.serve(rank, limits, ready)
             }
             Err(error) => (rank, Err(error)),
@@ -267,6 +273,24 @@ impl Life {
         if let Err(error) = evener_kernels::cores::pin(&[core]) {
             tracing::warn!(core, %error, "not pinned; threads run anywhere");
         }
+    }
+
+    /// Says how long it took to get here since `began`, and to which part; gives the milliseconds.
+    fn log_ready(&self, ready: &Ready, [began, loaded, allocated]: [Instant; 3]) -> u32 {
+        let total = began.elapsed();
+        let bytes = ready.resident_weight_bytes;
+        tracing::info!(
+            epoch = self.epoch.number,
+            rank = self.epoch.rank,
+            weight_bytes = bytes,
+            connect_and_load_ms = (loaded - began).as_millis() as u64,
+            agree_and_allocate_ms = (allocated - loaded).as_millis() as u64,
+            warm_ms = allocated.elapsed().as_millis() as u64,
+            "ready in {} ms ({:.2} GB/s of weights)",
+            total.as_millis(),
+            bytes as f64 / 1e9 / total.as_secs_f64(),
+        );
+        u32::try_from(total.as_millis()).unwrap_or(u32::MAX)
     }
 
     /// Waits for the thread of the epoch before and takes its weights over, if they are the same.

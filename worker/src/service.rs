@@ -196,6 +196,7 @@ fn join_progress(progress: Progress, shard: &str) -> proto::JoinProgress {
                 backend: ready.backend,
                 deterministic: ready.deterministic,
                 links: ready.links.into_iter().map(str::to_owned).collect(),
+                load_ms: ready.load_ms,
             }),
             ..stage(Stage::Ready, format!("ready: {shard}"))
         },

@@ -125,6 +125,7 @@ impl Formation {
             member.resident_weight_bytes = ready.resident_weight_bytes;
             member.shard = ready.shard.clone();
             member.links = ready.links.clone();
+            member.load_ms = ready.load_ms;
         }
         self.ready_since = self.ready_since.or(Some(now));
         Outcome::Ready
@@ -179,6 +180,7 @@ mod tests {
             resident_weight_bytes: 0,
             shard: String::new(),
             links: vec![],
+            load_ms: 0,
         };
         let record = Group {
             id: GroupId::parse("m:0").unwrap(),
@@ -204,6 +206,7 @@ mod tests {
             backend: "cpu".to_owned(),
             deterministic,
             links: vec!["self".to_owned(), "shm".to_owned()],
+            load_ms: 120,
         })
     }
 
@@ -221,6 +224,7 @@ mod tests {
             (GroupState::Ready, 40, false)
         );
         assert_eq!(record.members[1].resident_weight_bytes, 7 << 20);
+        assert_eq!(record.members[1].load_ms, 120);
         assert_eq!(record.reason, "");
     }
 

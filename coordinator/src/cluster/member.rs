@@ -154,6 +154,8 @@ pub struct Ready {
     pub deterministic: bool,
     /// By peer rank.
     pub links: Vec<String>,
+    /// From the join to ready.
+    pub load_ms: u32,
 }
 
 /// What a rank told about an epoch.
@@ -333,6 +335,7 @@ fn told(address: &str, said: pb::JoinProgress) -> Result<Told, Error> {
                 backend: ready.backend,
                 deterministic: ready.deterministic,
                 links: ready.links,
+                load_ms: ready.load_ms,
             }));
         }
     };

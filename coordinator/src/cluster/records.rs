@@ -199,6 +199,8 @@ pub struct Member {
     pub shard: String,
     /// By peer rank; empty until ready.
     pub links: Vec<String>,
+    /// How long the rank took to be ready; 0 until it is.
+    pub load_ms: u32,
 }
 
 impl Group {
@@ -238,6 +240,7 @@ impl Group {
                 resident_weight_bytes: member.resident_weight_bytes,
                 shard: member.shard,
                 links: member.links,
+                load_ms: member.load_ms,
             })
         };
         Ok(Self {
@@ -263,6 +266,7 @@ impl Group {
             resident_weight_bytes: member.resident_weight_bytes,
             shard: member.shard.clone(),
             links: member.links.clone(),
+            load_ms: member.load_ms,
         };
         let state = match self.state {
             GroupState::Forming => pb::group_record::State::Forming,

@@ -113,6 +113,7 @@ fn worker_page(state: &State, groups: &[Shown<'_>], worker: &Worker) -> Value {
         "shard": if load.shard.is_empty() { shard } else { &load.shard },
         "resident_weight_bytes": load.resident_weight_bytes.max(resident),
         "rss_bytes": load.rss_bytes,
+        "load_ms": member.map(|member| member.load_ms),
         "state": if load.state.is_empty() { "unknown" } else { &load.state },
         "load": {
             "running": load.running,
@@ -174,6 +175,7 @@ fn member_page(rank_idx: usize, member: &Member, rank: Option<&Rank>) -> Value {
         "shard": member.shard,
         "resident_weight_bytes": member.resident_weight_bytes,
         "links": member.links,
+        "load_ms": member.load_ms,
         "stage": rank.map(|rank| rank.progress.stage.as_str()),
         "bytes_done": rank.map(|rank| rank.progress.bytes_done),
         "bytes_total": rank.map(|rank| rank.progress.bytes_total),

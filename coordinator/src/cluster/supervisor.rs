@@ -498,6 +498,7 @@ fn member_of(worker: &Worker, share: u32) -> Member {
         resident_weight_bytes: 0,
         shard: String::new(),
         links: Vec::new(),
+        load_ms: 0,
     }
 }
 

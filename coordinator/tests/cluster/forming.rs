@@ -82,6 +82,7 @@ async fn the_status_page_tells_of_workers_groups_deployments_and_registry() {
         (&worker["resident_weight_bytes"], &worker["rss_bytes"]),
         (&500.into(), &4096.into())
     );
+    assert_eq!(worker["load_ms"], 70);
     assert_eq!((&worker["shard"], &worker["device"]["kind"]), (&"heads".into(), &"cpu".into()));
     let group = &page["groups"][0];
     assert_eq!(

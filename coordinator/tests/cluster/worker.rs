@@ -332,6 +332,7 @@ fn ready(world_size: usize) -> pb::JoinProgress {
             backend: "scripted".to_owned(),
             deterministic: true,
             links: vec!["local".to_owned(); world_size],
+            load_ms: 70,
         }),
         ..Default::default()
     }

@@ -6,7 +6,8 @@
 
 use std::collections::HashMap;
 
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 use super::fault::printable;
 use super::metadata::{self, Metadata, required};
@@ -121,35 +122,32 @@ impl<'a> Tokenizer<'a> {
     }
 
     pub(super) fn to_json(&self) -> Vec<u8> {
-        let vocab: Map<String, Value> =
-            self.tokens.iter().zip(0u32..).map(|(t, id)| ((*t).to_owned(), id.into())).collect();
-        let document = json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": self.added_tokens(),
-            "normalizer": match self.pre {
+        let document = Document {
+            version: "1.0",
+            truncation: (),
+            padding: (),
+            added_tokens: self.added_tokens(),
+            normalizer: match self.pre {
                 Pre::Qwen2 => json!({"type": "NFC"}),
                 Pre::Gpt2 | Pre::SmolLm | Pre::Llama3 => Value::Null,
             },
-            "pre_tokenizer": self.pre.to_json(),
-            "post_processor": null,
-            "decoder": byte_level(true),
-            "model": {
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": null,
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                // A word that is a token needs no merges to become one (Llama 3's own setting).
-                "ignore_merges": self.pre == Pre::Llama3,
-                "vocab": vocab,
-                "merges": self.merges.iter().map(|(l, r)| json!([l, r])).collect::<Vec<_>>(),
+            pre_tokenizer: self.pre.to_json(),
+            post_processor: (),
+            decoder: byte_level(true),
+            model: Model {
+                kind: "BPE",
+                dropout: (),
+                unk_token: (),
+                continuing_subword_prefix: (),
+                end_of_word_suffix: (),
+                fuse_unk: false,
+                byte_fallback: false,
+                ignore_merges: self.pre == Pre::Llama3,
+                vocab: Vocab(&self.tokens),
+                merges: &self.merges,
             },
-        });
-        document.to_string().into_bytes()
+        };
+        serde_json::to_vec(&document).expect("strings and numbers make a document")
     }
 
     fn added_tokens(&self) -> Vec<Value> {
@@ -167,6 +165,46 @@ impl<'a> Tokenizer<'a> {
             })
         };
         self.types.iter().enumerate().filter_map(added).collect()
+    }
+}
+
+/// A `tokenizer.json`. Borrowed, since a vocabulary as a tree of values takes longer to build than a
+/// small model takes to load.
+#[derive(Serialize)]
+struct Document<'a> {
+    version: &'static str,
+    truncation: (),
+    padding: (),
+    added_tokens: Vec<Value>,
+    normalizer: Value,
+    pre_tokenizer: Value,
+    post_processor: (),
+    decoder: Value,
+    model: Model<'a>,
+}
+
+#[derive(Serialize)]
+struct Model<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    dropout: (),
+    unk_token: (),
+    continuing_subword_prefix: (),
+    end_of_word_suffix: (),
+    fuse_unk: bool,
+    byte_fallback: bool,
+    /// A word that is a token needs no merges to become one (Llama 3's own setting).
+    ignore_merges: bool,
+    vocab: Vocab<'a>,
+    merges: &'a [(&'a str, &'a str)],
+}
+
+/// Texts to ids, which are their places.
+struct Vocab<'a>(&'a [&'a str]);
+
+impl Serialize for Vocab<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().zip(0u32..))
     }
 }
 

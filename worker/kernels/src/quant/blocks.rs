@@ -65,5 +65,6 @@ pub(crate) fn word_at(block: &[u8], at: usize) -> u32 {
 /// Words of sixteen bytes that hold run columns 0 to 15 low and 16 to 31 high.
 #[inline(always)]
 pub(crate) fn nibbles(bytes: &[u8]) -> [u32; 8] {
-    std::array::from_fn(|j| if j < 4 { word_at(bytes, 4 * j) } else { 0 })
+    let word = |j: usize| word_at(bytes, 4 * j);
+    [word(0), word(1), word(2), word(3), 0, 0, 0, 0]
 }

@@ -28,8 +28,12 @@ impl Blocks for Q4K {
 #[inline(always)]
 pub(super) fn pair_of_runs(bytes: &[u8], i: usize) -> [u32; 8] {
     let bytes = &bytes[i / 2 * 32..][..32];
-    let word = |j: usize| (word_at(bytes, 4 * j) >> (i % 2 * 4)) & LOW;
-    std::array::from_fn(|j| if j < 4 { word(j) | word(4 + j) << 4 } else { 0 })
+    let mut words = [0; 8];
+    for j in 0..4 {
+        let word = |j: usize| (word_at(bytes, 4 * j) >> (i % 2 * 4)) & LOW;
+        words[j] = word(j) | word(4 + j) << 4;
+    }
+    words
 }
 
 /// The 6-bit scale and min of a run. Of the 12 bytes, 0..4 and 4..8 hold those of runs 0 to 3 in
@@ -37,9 +41,10 @@ pub(super) fn pair_of_runs(bytes: &[u8], i: usize) -> [u32; 8] {
 /// tops of 0..8.
 #[inline(always)]
 pub(super) fn scale_and_min(packed: &[u8], i: usize) -> (u8, u8) {
+    let byte = |at: usize| (word_at(packed, at) >> (i % 4 * 8)) as u8;
+    let (scale, min, low) = (byte(0), byte(4), byte(8));
     if i < 4 {
-        return (packed[i] & 63, packed[i + 4] & 63);
+        return (scale & 63, min & 63);
     }
-    let low = packed[i + 4];
-    ((low & 15) | (packed[i - 4] >> 6) << 4, (low >> 4) | (packed[i] >> 6) << 4)
+    ((low & 15) | scale >> 6 << 4, (low >> 4) | min >> 6 << 4)
 }

@@ -17,7 +17,10 @@ impl Blocks for Q8_0 {
 
     #[inline(always)]
     fn run(block: &[u8], _: usize) -> Run {
-        let word = |v: usize| word_at(block, 2 + v % 2 * 16 + v / 2 * 4) ^ SIGNS;
-        Run { words: std::array::from_fn(word), d: half_at(block, 0), ..Run::default() }
+        let mut words = [0; 8];
+        for (v, word) in words.iter_mut().enumerate() {
+            *word = word_at(block, 2 + v % 2 * 16 + v / 2 * 4) ^ SIGNS;
+        }
+        Run { words, d: half_at(block, 0), ..Run::default() }
     }
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::blocks::{Blocks, RUN, Run, Scales};
+use super::blocks::{Blocks, RUN, Scales};
 use crate::linear::TileWeights;
 use crate::matrix::{Source, TILE_ROWS};
 use crate::memory::{Stretch, numbers};
@@ -109,73 +109,70 @@ impl Record {
         for b in 0..self.n_runs {
             let at = self.first_run + b;
             let start = at / runs_per_block * size;
-            let mut runs = Runs::default();
-            for (lane, blocks) in blocks.iter().enumerate() {
-                let block = blocks.map_or(&NO_ROW[..size], |blocks| &blocks[start..start + size]);
-                runs.put(lane, &B::run(block, at % runs_per_block));
+            let quants = &mut record[self.quants.clone()][b * quant_bytes(B::BITS)..];
+            let vectors = &mut quants.as_chunks_mut::<64>().0[..quant_bytes(B::BITS) / 64];
+            let mut rest = Rest::default();
+            for lane in 0..TILE_ROWS {
+                let block = match blocks[lane] {
+                    Some(blocks) => &blocks[start..start + size],
+                    None => &NO_ROW[..size],
+                };
+                let run = B::run(block, at % runs_per_block);
+                for (vector, word) in vectors.iter_mut().zip(run.words) {
+                    vector[4 * lane..4 * lane + 4].copy_from_slice(&word.to_le_bytes());
+                }
+                rest.fifths[lane] = run.fifths;
+                (rest.d[lane], rest.m[lane]) = (run.d, run.m);
+                (rest.sc[lane], rest.mc[lane]) = (run.sc, run.mc);
             }
-            self.store::<B>(&runs, b, record);
+            self.store::<B>(&rest, b, record);
         }
     }
 
+    /// What a run has beside its quants.
     #[inline(always)]
-    fn store<B: Blocks>(&self, runs: &Runs, b: usize, record: &mut [u8]) {
-        let bytes = quant_bytes(B::BITS);
-        let quants = &mut record[self.quants.clone()][b * bytes..(b + 1) * bytes];
-        for (vector, words) in quants.chunks_exact_mut(64).zip(&runs.words) {
-            for (four, word) in vector.chunks_exact_mut(4).zip(words) {
-                four.copy_from_slice(&word.to_le_bytes());
-            }
-        }
+    fn store<B: Blocks>(&self, rest: &Rest, b: usize, record: &mut [u8]) {
         if B::BITS == 5 {
             let masks = &mut record[self.fifths.clone()][b * FIFTHS..(b + 1) * FIFTHS];
-            for (vector, mask) in masks.chunks_exact_mut(8).enumerate() {
+            for (vector, mask) in masks.as_chunks_mut::<8>().0.iter_mut().enumerate() {
                 let first = vector % 2 * 16 + vector / 2 * 4;
-                let four = |lane: usize| u64::from(runs.fifths[lane] >> first & 15) << (4 * lane);
-                let bits = (0..TILE_ROWS).fold(0, |bits, lane| bits | four(lane));
-                mask.copy_from_slice(&bits.to_le_bytes());
+                let mut bits = 0;
+                for lane in 0..TILE_ROWS {
+                    bits |= u64::from(rest.fifths[lane] >> first & 15) << (4 * lane);
+                }
+                *mask = bits.to_le_bytes();
             }
         }
-        let mut scales = |part: &Range<usize>, b: usize, scales: &[u16; TILE_ROWS]| {
-            let part = &mut record[part.clone()][b * 2 * TILE_ROWS..(b + 1) * 2 * TILE_ROWS];
-            for (two, scale) in part.chunks_exact_mut(2).zip(scales) {
-                two.copy_from_slice(&scale.to_ne_bytes());
-            }
-        };
+        let of_run = b * TILE_ROWS..(b + 1) * TILE_ROWS;
         let scale = if B::SCALES == Scales::Super { (self.first_run + b) / SUPER_RUNS } else { b };
-        scales(&self.d, scale, &runs.d);
+        store_scales(&mut record[self.d.clone()], scale, &rest.d);
         if B::SCALES != Scales::Plain {
-            scales(&self.m, scale, &runs.m);
+            store_scales(&mut record[self.m.clone()], scale, &rest.m);
         }
         if B::SCALES == Scales::Super {
-            let of_run = b * TILE_ROWS..(b + 1) * TILE_ROWS;
-            record[self.sc.clone()][of_run.clone()].copy_from_slice(&runs.sc);
-            record[self.mc.clone()][of_run].copy_from_slice(&runs.mc);
+            record[self.sc.clone()][of_run.clone()].copy_from_slice(&rest.sc);
+            record[self.mc.clone()][of_run].copy_from_slice(&rest.mc);
         }
     }
 }
 
-/// A run of 16 rows, its numbers by row.
+/// The `at`-th scales of 16 rows.
+#[inline(always)]
+fn store_scales(part: &mut [u8], at: usize, scales: &[u16; TILE_ROWS]) {
+    let bytes = &mut part[at * 2 * TILE_ROWS..(at + 1) * 2 * TILE_ROWS];
+    for (two, scale) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(scales) {
+        *two = scale.to_ne_bytes();
+    }
+}
+
+/// What the runs of 16 rows have beside their quants.
 #[derive(Default)]
-struct Runs {
-    words: [[u32; TILE_ROWS]; 8],
+struct Rest {
     fifths: [u32; TILE_ROWS],
     d: [u16; TILE_ROWS],
     m: [u16; TILE_ROWS],
     sc: [u8; TILE_ROWS],
     mc: [u8; TILE_ROWS],
-}
-
-impl Runs {
-    #[inline(always)]
-    fn put(&mut self, lane: usize, run: &Run) {
-        for (words, word) in self.words.iter_mut().zip(run.words) {
-            words[lane] = word;
-        }
-        self.fifths[lane] = run.fifths;
-        (self.d[lane], self.m[lane]) = (run.d, run.m);
-        (self.sc[lane], self.mc[lane]) = (run.sc, run.mc);
-    }
 }
 
 impl Tiles {
