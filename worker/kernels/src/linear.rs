@@ -164,7 +164,7 @@ struct Pieces {
 impl Pieces {
     fn new(n_tiles: usize, rows: usize, chunk_rows: usize, n_threads: usize) -> Self {
         let per_chunk = if n_threads == 1 { 1 } else { n_threads * PIECES_PER_THREAD };
-        Self { n_tiles, rows, chunk_rows, per_chunk: per_chunk.min(n_tiles) }
+        Self { n_tiles, rows, chunk_rows, per_chunk: per_chunk.clamp(1, n_tiles.max(1)) }
     }
 
     /// Tiles and rows of the i-th piece.

@@ -353,3 +353,16 @@ fn activations_that_are_not_finite_reach_the_output() {
         }
     }
 }
+
+/// As a rank holds of a matrix that has fewer rows than the group has shares.
+#[test]
+fn a_matrix_without_rows_multiplies_to_nothing() {
+    for (format, precision) in CASES {
+        let matrix = Matrix::pack(0, COLUMNS, &Random::new(format, 0, COLUMNS));
+        for isa in Isa::available() {
+            for n_threads in [1, 2] {
+                assert!(multiply(isa, n_threads, precision, &matrix, &input(3)).is_empty());
+            }
+        }
+    }
+}
