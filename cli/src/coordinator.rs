@@ -11,7 +11,7 @@ use evener_proto::ids::ModelName;
 use serde::Serialize;
 
 use crate::signals;
-use crate::values::{Registry, Shares};
+use crate::values::{Kv, Registry, Shares};
 
 const EXAMPLES: &str = "Examples:
   One coordinator that keeps the registry itself, and a worker that joins it:
@@ -47,6 +47,9 @@ pub struct Options {
     /// Weights of the ranks in the split, such as 2:1; default: equal.
     #[arg(long, env = "EVENER_SHARES", value_name = "A:B", requires = "deploy")]
     pub shares: Option<Shares>,
+    /// How the groups' workers keep keys and values.
+    #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
+    pub kv: Kv,
     /// Longest wait for running requests when asked to stop, in seconds.
     #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u32,
@@ -66,6 +69,7 @@ impl Options {
             Registry::Etcd(addresses) => config::Place::Etcd { addresses },
         };
         let mut cluster = cluster::Options::at(place);
+        cluster.supervisor.placement.kv_format = self.kv.into();
         if let Some(name) = &self.deploy {
             let shares = self.shares.map(|shares| shares.0).unwrap_or_default();
             let n_shares = u32::try_from(shares.len()).unwrap_or(u32::MAX);

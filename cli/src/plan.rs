@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use anyhow::Context;
 use clap::Args;
+use evener_proto::KvFormat;
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::{families, shard};
 use serde::Serialize;
 
 use crate::models;
 use crate::table::Table;
-use crate::values::{Bytes, Shares};
+use crate::values::{Bytes, Kv, Shares};
 
 const EXAMPLES: &str = "Examples:
   evener plan --model model.gguf --shares 2:1
@@ -27,6 +28,9 @@ pub struct Options {
     /// Weights of the workers in the split, such as 2:1.
     #[arg(long, env = "EVENER_SHARES", value_name = "A:B", default_value = "1:1")]
     shares: Shares,
+    /// How keys and values are kept.
+    #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
+    kv: Kv,
     /// Print the program of rank 0, one op a line.
     #[arg(long)]
     ops: bool,
@@ -36,12 +40,13 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let path = models::resolve(&options.model)?;
     let checkpoint = Checkpoint::open(&path).context("the model cannot be served")?;
     let split = shard::split(&checkpoint.config, &options.shares.0)?;
-    let mut table = Table::new(&["rank", "share", "weights", "shard"]);
+    let mut table = Table::new(&["rank", "share", "weights", "kv a token", "shard"]);
     for (rank, shard) in split.shards.iter().enumerate() {
         table.row(vec![
             rank.to_string(),
             options.shares.0[rank].to_string(),
             Bytes(rank_bytes(&checkpoint, &split, rank)?).to_string(),
+            Bytes(kv_bytes_per_token(&checkpoint, shard, options.kv)).to_string(),
             shard.describe(),
         ]);
     }
@@ -53,6 +58,13 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Bytes of a token's keys and values on one rank.
+fn kv_bytes_per_token(checkpoint: &Checkpoint, shard: &shard::Shard, kv: Kv) -> u64 {
+    let config = &checkpoint.config;
+    let n_heads = (config.n_layers * shard.kv_heads.len()) as u64;
+    KvFormat::from(kv).bytes_per_token(n_heads * 2 * 2 * config.head_dim as u64, n_heads)
 }
 
 /// Bytes of a rank's slices, in the file's formats.

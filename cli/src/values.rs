@@ -4,6 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use evener_proto::KvFormat;
 use serde::Serialize;
 
 /// Weights of the ranks in a split, `2:1`.
@@ -144,6 +145,28 @@ pub enum Transport {
     Tcp,
     /// Shared memory, or refuse.
     Shm,
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kv {
+    /// Half precision.
+    F16,
+    /// As computed.
+    F32,
+    /// Eight bits, with a scale for each token and KV head.
+    Int8,
+}
+
+impl From<Kv> for KvFormat {
+    fn from(kv: Kv) -> Self {
+        match kv {
+            Kv::F16 => Self::F16,
+            Kv::F32 => Self::F32,
+            Kv::Int8 => Self::Int8,
+        }
+    }
 }
 
 macro_rules! written_as_text {

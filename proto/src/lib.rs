@@ -5,6 +5,9 @@
 
 pub mod ids;
 pub mod keys;
+pub mod kv_format;
+
+pub use kv_format::KvFormat;
 
 /// Encoding and decoding of the messages below.
 pub use prost::Message;

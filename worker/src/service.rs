@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::backend::KV_BLOCK_LEN;
+use crate::backend::{KV_BLOCK_LEN, KvFormat};
 use crate::engine::handle;
 use crate::engine::output::{End, Event, StepOutput, StreamEnd, TokenOut};
 use crate::engine::sampler::{MAX_LOGPROBS, Sampling};
@@ -132,6 +132,15 @@ fn join(request: proto::JoinGroupRequest) -> Result<Join, Status> {
         join_timeout: timeout("join_timeout_ms", request.join_timeout_ms)?,
         step_timeout: timeout("step_timeout_ms", request.step_timeout_ms)?,
         max_sequences: (request.max_sequences > 0).then_some(request.max_sequences as usize),
+        kv_format: kv_format(request.kv_format)?,
+    })
+}
+
+fn kv_format(number: i32) -> Result<KvFormat, Status> {
+    Ok(match evener_proto::KvFormat::from_wire(number).map_err(invalid)? {
+        evener_proto::KvFormat::F16 => KvFormat::F16,
+        evener_proto::KvFormat::F32 => KvFormat::F32,
+        evener_proto::KvFormat::Int8 => KvFormat::Int8,
     })
 }
 

@@ -12,7 +12,7 @@ use evener_collective::{AbortHandle, GroupSpec, Peer, Rendezvous};
 use evener_proto::ids::{Epoch as EpochNumber, GroupId, ModelName, WorkerId};
 use tokio::sync::watch;
 
-use crate::backend;
+use crate::backend::{self, KvFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config;
 use crate::engine::Handle;
@@ -43,6 +43,8 @@ pub struct Join {
     pub step_timeout: Duration,
     /// Sequences at once; none: this worker's default.
     pub max_sequences: Option<usize>,
+    /// Of every rank's KV cache.
+    pub kv_format: KvFormat,
 }
 
 /// One rank of a group.
@@ -268,6 +270,7 @@ impl Session {
                 max_batch_tokens: options.max_batch_tokens,
                 max_sample_rows: max_sample_rows(max_running),
                 max_context: held.context_length,
+                kv_format: join.kv_format,
                 spin: n_local_ranks * options.threads <= n_cores,
             },
             max_running,

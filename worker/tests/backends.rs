@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 use evener_collective::{ReducePlan, SumTree};
-use evener_worker::backend::Kind;
+use evener_worker::backend::{Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::model::config::{Rope, RopePairs};
 use evener_worker::model::program::{
@@ -147,13 +147,14 @@ fn check(
 ) {
     let mut rng = StdRng::seed_from_u64(7);
     let width = (0..n_ranks).map(|rank| program(rank).vocab.len()).sum();
+    let kv_format = KvFormat::F32;
     for (kind, tolerance) in [(Kind::Reference, F32_TOLERANCE), (Kind::Cpu, cpu_tolerance)] {
         for (lens, chunk, threads) in [(&[1][..], 1, 1), (&[37, 20, 5], 16, 2), (&[33], 40, 2)] {
             let mut tokens =
                 |len: &usize| (0..*len).map(|_| rng.random_range(0..N_TOKENS as u32)).collect();
             let sequences: Vec<Vec<u32>> = lens.iter().map(&mut tokens).collect();
             let sequences: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-            let group = Group { kind, shares: &vec![1; n_ranks], threads, chunk };
+            let group = Group { kind, shares: &vec![1; n_ranks], threads, chunk, kv_format };
             let got = group.run(&tensors.checkpoint, program, width, &sequences);
             for (sequence, got) in sequences.iter().zip(got) {
                 let expected = expected(sequence).concat();

@@ -41,7 +41,7 @@ fn the_demo_model_is_described_as_it_is() {
     assert_eq!(d.eos_token_ids, [0, 2]);
     assert!(d.chat_template.unwrap().contains("<|im_start|>"));
     assert_eq!(d.n_parameters, 134_515_008);
-    assert_eq!(d.kv_bytes_per_token, 2 * 30 * 3 * 64 * 4);
+    assert_eq!(d.kv_bytes_per_token, 2 * 30 * 3 * 64 * 2);
     assert_eq!(d.fingerprint.len(), 64);
 }
 

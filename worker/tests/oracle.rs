@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use evener_worker::backend::Kind;
+use evener_worker::backend::{Kind, KvFormat};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::{families, shard};
 use tokenizers::Tokenizer;
@@ -54,6 +54,11 @@ const ROUNDED_16: Criteria =
 /// its own f32 arithmetic at 3 to 5 % of positions of this small model: no accurate backend can be
 /// closer.
 const ROUNDED_8: Criteria = Criteria { min_top_1: 0.93, max_perplexity: 0.02, max_difference: 4.0 };
+
+/// Keys and values are rounded to 8 bits, a step being a 127th of the head's maximum, before 30
+/// layers of attention.
+const KV_ROUNDED_8: Criteria =
+    Criteria { min_top_1: 0.93, max_perplexity: 0.02, max_difference: 4.0 };
 
 /// The text's sequences, each with one token more than it has positions.
 fn text_sequences(checkpoint: &Checkpoint) -> Vec<Vec<u32>> {
@@ -201,30 +206,37 @@ fn oracles() -> &'static Oracles {
 }
 
 /// Compares the first `n` positions with both oracles.
-fn check(kind: Kind, shares: &[u32], n: usize, criteria: Criteria) {
+fn check(kind: Kind, shares: &[u32], n: usize, kv_format: KvFormat, criteria: Criteria) {
     let Oracles { checkpoint, sequences, dequantised, rounded } = oracles();
     let inputs: Vec<&[u32]> = sequences.iter().map(|tokens| &tokens[..n]).collect();
-    let group = Group { kind, shares, threads: 1, chunk: 48 };
+    let group = Group { kind, shares, threads: 1, chunk: 48, kv_format };
     let ours = group.logits(checkpoint, &inputs);
     let vocab = checkpoint.config.vocab;
-    let what = format!("{kind:?} {shares:?} against f32 activations");
+    let what = format!("{kind:?} {shares:?} {kv_format:?} against f32 activations");
     let comparison = Comparison::new(&ours, dequantised, sequences, vocab);
     comparison.check(&what, N_SEQUENCES * n, criteria);
-    let what = format!("{kind:?} {shares:?} against 8-bit activations");
+    let what = format!("{kind:?} {shares:?} {kv_format:?} against 8-bit activations");
     let comparison = Comparison::new(&ours, rounded, sequences, vocab);
     comparison.check(&what, N_SEQUENCES * N_SHORT, ROUNDED_8);
 }
 
 #[test]
 fn reference_agrees_with_the_oracle_for_any_split() {
-    check(Kind::Reference, &[1], N_POSITIONS, REORDERED);
+    check(Kind::Reference, &[1], N_POSITIONS, KvFormat::F32, REORDERED);
     for shares in [&[1, 1][..], &[3, 2, 2], &[1, 1, 1, 1]] {
-        check(Kind::Reference, shares, N_SHORT, REORDERED);
+        check(Kind::Reference, shares, N_SHORT, KvFormat::F32, REORDERED);
     }
 }
 
 #[test]
 fn cpu_agrees_with_the_oracle() {
-    check(Kind::Cpu, &[1], N_POSITIONS, ROUNDED_16);
-    check(Kind::Cpu, &[3, 2, 2], N_SHORT, ROUNDED_16);
+    for kv_format in [KvFormat::F32, KvFormat::F16] {
+        check(Kind::Cpu, &[1], N_POSITIONS, kv_format, ROUNDED_16);
+    }
+    check(Kind::Cpu, &[3, 2, 2], N_SHORT, KvFormat::F16, ROUNDED_16);
+}
+
+#[test]
+fn cpu_with_keys_and_values_in_int8_stays_near_the_oracle() {
+    check(Kind::Cpu, &[1], N_POSITIONS, KvFormat::Int8, KV_ROUNDED_8);
 }

@@ -6,7 +6,7 @@
 
 mod support;
 
-use evener_worker::backend::Kind;
+use evener_worker::backend::{Kind, KvFormat};
 use evener_worker::checkpoint::Checkpoint;
 
 use support::group::Group;
@@ -27,10 +27,15 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 fn logits_do_not_depend_on_the_split_or_the_threads() {
     let checkpoint = Checkpoint::open(&real_model()).unwrap();
     let prompt = tokens(1);
-    let logits = |shares, threads| {
-        let group = Group { kind: Kind::Cpu, shares, threads, chunk: prompt.len() };
+    let logits = |kv_format, shares, threads| {
+        let group = Group { kind: Kind::Cpu, shares, threads, chunk: prompt.len(), kv_format };
         bits(&group.logits(&checkpoint, &[&prompt])[0])
     };
+    for kv_format in [KvFormat::F32, KvFormat::Int8] {
+        let equal = logits(kv_format, &[1], 1) == logits(kv_format, &[3, 1], 2);
+        assert!(equal, "a split gives other bits with KV in {kv_format:?}");
+    }
+    let logits = |shares, threads| logits(KvFormat::F16, shares, threads);
     let want = logits(&[1], 1);
     let splits: [&[u32]; 8] =
         [&[1], &[1, 1], &[2, 1], &[1, 5], &[1, 1, 1], &[3, 2, 2], &[1, 1, 1, 1], &[7, 1, 2, 3, 1]];
@@ -46,17 +51,22 @@ fn logits_do_not_depend_on_the_split_or_the_threads() {
 fn logits_do_not_depend_on_the_batch() {
     let checkpoint = Checkpoint::open(&real_model()).unwrap();
     let prompts: Vec<Vec<u32>> = (1..=3).map(tokens).collect();
-    let alone: Vec<Vec<u32>> = prompts
-        .iter()
-        .map(|prompt| {
-            let group = Group { kind: Kind::Cpu, shares: &[1], threads: 1, chunk: prompt.len() };
-            bits(&group.logits(&checkpoint, &[prompt])[0])
-        })
-        .collect();
     let together: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    for (shares, chunk) in [(&[1][..], 7), (&[2, 1], 1), (&[1, 1], 16)] {
-        let group = Group { kind: Kind::Cpu, shares, threads: 2, chunk };
-        let got: Vec<_> = group.logits(&checkpoint, &together).iter().map(|l| bits(l)).collect();
-        assert!(got == alone, "together, {chunk} tokens at a time, shares {shares:?}: other bits");
+    let (one, kind, chunk) = (&[1][..], Kind::Cpu, PROMPT_LEN as usize);
+    for (kv_format, cases) in [
+        (KvFormat::F16, &[(one, 7), (&[2, 1], 1), (&[1, 1], 16)][..]),
+        (KvFormat::F32, &[(one, 7)]),
+        (KvFormat::Int8, &[(one, 7)]),
+    ] {
+        let group = Group { kind, shares: one, threads: 1, chunk, kv_format };
+        let alone = |prompt: &Vec<u32>| bits(&group.logits(&checkpoint, &[prompt])[0]);
+        let alone: Vec<_> = prompts.iter().map(alone).collect();
+        for &(shares, chunk) in cases {
+            let group = Group { kind, shares, threads: 2, chunk, kv_format };
+            let got = group.logits(&checkpoint, &together);
+            let equal = got.iter().map(|logits| bits(logits)).eq(alone.iter().cloned());
+            let how = format!("{chunk} tokens at a time, shares {shares:?}, KV in {kv_format:?}");
+            assert!(equal, "together, {how}: other bits");
+        }
     }
 }

@@ -119,6 +119,7 @@ impl Cluster {
             join_timeout_ms: 20_000,
             step_timeout_ms: 5_000,
             max_sequences: 0,
+            kv_format: 0,
         }
     }
 

@@ -328,6 +328,7 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
         ("--group-size", &plan.shares.len().to_string()),
         ("--shares", &shares.join(":")),
         ("--drain-timeout", &drain),
+        ("--kv", &values::flag(shape.kv)),
     ]);
     coordinator.insert(0, "coordinator".into());
     let mut workers_registry = registry;

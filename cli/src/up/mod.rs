@@ -23,7 +23,7 @@ pub use progress::Progress;
 
 use crate::client::Sampling;
 use crate::signals::Signals;
-use crate::values::{Backend, Bytes, Registry, Shares, Transport};
+use crate::values::{Backend, Bytes, Kv, Registry, Shares, Transport};
 
 const EXAMPLES: &str = "Examples:
   evener up --model model.gguf                              two equal workers
@@ -65,6 +65,9 @@ pub struct Shape {
     /// How the workers exchange partial sums.
     #[arg(long, env = "EVENER_TRANSPORT", value_enum, default_value_t = Transport::Auto)]
     pub transport: Transport,
+    /// How keys and values are kept.
+    #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
+    pub kv: Kv,
     /// Memory each worker may use, such as 2GiB; default: what the machine has left, shared out.
     #[arg(long, env = "EVENER_MEMORY", value_name = "SIZE")]
     pub memory: Option<Bytes>,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use evener_proto::KvFormat;
 use evener_proto::ids::ModelName;
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::shard;
@@ -16,7 +17,7 @@ use super::Shape;
 use crate::models;
 use crate::plan;
 use crate::ports::{self, Reserved};
-use crate::values::{Bytes, Registry};
+use crate::values::{Bytes, Kv, Registry};
 
 /// Longest wait for one address of etcd.
 const ETCD_TIMEOUT: Duration = Duration::from_secs(2);
@@ -129,7 +130,7 @@ fn check_memory(
     weight_bytes: &[u64],
 ) -> anyhow::Result<Vec<u64>> {
     let n_ranks = weight_bytes.len() as u64;
-    let kv = checkpoint.description.kv_bytes_per_token * MIN_KV_TOKENS / n_ranks;
+    let kv = kv_bytes_per_token(checkpoint, shape.kv) * MIN_KV_TOKENS / n_ranks;
     let needs: Vec<u64> = weight_bytes.iter().map(|w| w + kv + WORKER_OVERHEAD_BYTES).collect();
     if let Some(memory) = shape.memory {
         for (rank, &need) in needs.iter().enumerate() {
@@ -160,6 +161,13 @@ fn check_memory(
 }
 
 /// Bytes that new processes can use: the kernel's estimate, within this control group's limit.
+/// Of the whole model, in the format asked for.
+fn kv_bytes_per_token(checkpoint: &Checkpoint, kv: Kv) -> u64 {
+    let description = &checkpoint.description;
+    let n_heads = description.n_layers * description.n_kv_heads;
+    KvFormat::from(kv).bytes_per_token(description.kv_bytes_per_token, n_heads as u64)
+}
+
 fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let machine = meminfo.lines().find_map(|line| {

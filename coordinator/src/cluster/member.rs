@@ -7,6 +7,7 @@
 use std::error::Error as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use evener_proto::KvFormat;
 use evener_proto::ids::{Epoch, GroupId, ModelName};
 use evener_proto::worker as pb;
 use evener_proto::worker::worker_client::WorkerClient;
@@ -96,6 +97,7 @@ pub struct Join {
     pub step_timeout: Duration,
     /// Running at once; 0: the worker's default.
     pub max_sequences: u32,
+    pub kv_format: KvFormat,
 }
 
 /// A member as its peers must know it.
@@ -307,6 +309,7 @@ fn request(join: Join) -> pb::JoinGroupRequest {
         join_timeout_ms: millis(join.join_timeout),
         step_timeout_ms: millis(join.step_timeout),
         max_sequences: join.max_sequences,
+        kv_format: join.kv_format.to_wire(),
     }
 }
 

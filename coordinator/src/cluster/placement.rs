@@ -7,6 +7,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use evener_proto::KvFormat;
 use evener_proto::ids::{GroupId, ModelName, WorkerId};
 
 use super::membership::View;
@@ -19,11 +20,13 @@ pub struct Policy {
     pub settle: Duration,
     /// Tokens of KV a rank must be able to hold beside its weights.
     pub min_kv_tokens: u32,
+    /// How the groups' ranks keep keys and values.
+    pub kv_format: KvFormat,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { settle: Duration::from_secs(1), min_kv_tokens: 256 }
+        Self { settle: Duration::from_secs(1), min_kv_tokens: 256, kv_format: KvFormat::default() }
     }
 }
 
@@ -286,7 +289,9 @@ impl Search<'_> {
             let of_share = |bytes: u128| bytes * u128::from(share) / total;
             let weights = of_share(u128::from(held.weight_bytes));
             let tokens = self.policy.min_kv_tokens.min(held.context_length.max(1));
-            let kv = of_share(u128::from(held.kv_bytes_per_token) * u128::from(tokens));
+            let n_heads = u64::from(held.n_layers) * u64::from(held.n_kv_heads);
+            let per_token = self.policy.kv_format.bytes_per_token(held.kv_bytes_per_token, n_heads);
+            let kv = of_share(u128::from(per_token) * u128::from(tokens));
             if weights + kv > u128::from(memory) {
                 let sentence = format!(
                     "{} may use {} and its share {share}/{total} needs {} ({} weights, {} for the KV of \

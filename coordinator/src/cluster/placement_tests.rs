@@ -19,6 +19,8 @@ fn worker(spec: &str) -> Worker {
     let held = Held {
         fingerprint: file.to_owned(),
         weight_bytes: 90 * MIB,
+        n_layers: 2,
+        n_kv_heads: 8,
         kv_bytes_per_token: 4096,
         context_length: 2048,
     };

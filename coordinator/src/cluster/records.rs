@@ -70,7 +70,9 @@ pub struct Held {
     pub fingerprint: String,
     /// Of the whole model.
     pub weight_bytes: u64,
-    /// Of the whole model.
+    pub n_layers: u32,
+    pub n_kv_heads: u32,
+    /// Of the whole model, in f16.
     pub kv_bytes_per_token: u64,
     /// Tokens.
     pub context_length: u32,
@@ -288,6 +290,8 @@ impl Worker {
                 Held {
                     fingerprint: held.fingerprint,
                     weight_bytes: held.weight_bytes,
+                    n_layers: held.n_layers,
+                    n_kv_heads: held.n_kv_heads,
                     kv_bytes_per_token: held.kv_bytes_per_token,
                     context_length: held.context_length,
                 },

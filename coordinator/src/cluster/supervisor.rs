@@ -371,6 +371,7 @@ impl Supervisor {
                 join_timeout: self.options.join_timeout,
                 step_timeout: self.options.step_timeout,
                 max_sequences: self.options.max_sequences,
+                kv_format: self.options.placement.kv_format,
             };
             let (group, attempt, reports) = (id.clone(), live.attempt, self.reports.clone());
             let (address, options) = (worker.grpc_address.clone(), self.options.member.clone());

@@ -1,29 +1,30 @@
 //! exp without libm: the same bits on every machine and instruction set, and vectorisable.
 
+pub(crate) const LOW: f32 = -87.3;
+pub(crate) const HIGH: f32 = 88.3;
+pub(crate) const LN2_HIGH: f32 = 0.693_145_75;
+pub(crate) const LN2_LOW: f32 = 1.428_606_8e-6;
+/// Adding 1.5 * 2^23 rounds to the nearest integer.
+pub(crate) const ROUND: f32 = 12_582_912.0;
+/// Of e^r, highest power first.
+pub(crate) const POLYNOMIAL: [f32; 7] =
+    [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
 /// e^x for any finite x or -infinity; relative error below 3e-7 (tested). Saturates: 0 below -87.3,
 /// a value near f32::MAX above 88.3.
 ///
 /// Cody and Waite's two-step reduction by ln 2, then a degree-6 polynomial on [-ln2/2, ln2/2].
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const LOW: f32 = -87.3;
-    const HIGH: f32 = 88.3;
-    const LN2_HIGH: f32 = 0.693_145_75;
-    const LN2_LOW: f32 = 1.428_606_8e-6;
-    // Adding 1.5 * 2^23 rounds to the nearest integer.
-    const ROUND: f32 = 12_582_912.0;
     let clamped = if x < LOW { LOW } else { x };
     let clamped = if clamped > HIGH { HIGH } else { clamped };
     let n = clamped.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
     let r = n.mul_add(-LN2_HIGH, clamped);
     let r = n.mul_add(-LN2_LOW, r);
-    let p = 1.0 / 720.0;
-    let p = f32::mul_add(p, r, 1.0 / 120.0);
-    let p = f32::mul_add(p, r, 1.0 / 24.0);
-    let p = f32::mul_add(p, r, 1.0 / 6.0);
-    let p = f32::mul_add(p, r, 0.5);
-    let p = f32::mul_add(p, r, 1.0);
-    let p = f32::mul_add(p, r, 1.0);
+    let mut p = POLYNOMIAL[0];
+    for term in &POLYNOMIAL[1..] {
+        p = p.mul_add(r, *term);
+    }
     let scale = f32::from_bits((((n as i32) + 127) as u32) << 23);
     let y = p * scale;
     if x < LOW { 0.0 } else { y }

@@ -13,6 +13,8 @@ use crate::model::program::Program;
 mod cpu;
 mod reference;
 
+pub use evener_kernels::attention::Format as KvFormat;
+
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
 
@@ -77,6 +79,8 @@ pub struct Options {
     pub max_sample_rows: usize,
     /// Most tokens of one sequence.
     pub max_context: usize,
+    /// How keys and values are kept. The reference backend keeps them as f32 whatever this says.
+    pub kv_format: KvFormat,
     /// Spin while waiting for the other threads; false when ranks outnumber cores.
     pub spin: bool,
 }

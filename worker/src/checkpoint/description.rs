@@ -6,8 +6,8 @@ use super::gguf::Gguf;
 use super::tokenizer::{Token, Tokenizer};
 use super::{Error, fingerprint};
 
-/// KV entries are f32.
-const KV_BYTES: u64 = 4;
+/// Of a KV entry in f16, by which the formats of the KV cache are measured.
+const KV_BYTES: u64 = 2;
 
 /// Everything of a model that is not its weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub struct Description {
     pub n_parameters: u64,
     /// Of the whole model, in the file's formats.
     pub weight_bytes: u64,
-    /// Of the whole model, over all layers.
+    /// Of the whole model, over all layers, in f16.
     pub kv_bytes_per_token: u64,
     /// Hex; equal for equal files.
     pub fingerprint: String,

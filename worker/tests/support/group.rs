@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use evener_collective::{Collective, Mesh};
-use evener_worker::backend::{self, Backend, Batch, KV_BLOCK_LEN, Kind, Span};
+use evener_worker::backend::{self, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Span};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::program::Program;
 use evener_worker::model::{families, shard};
@@ -20,6 +20,7 @@ pub struct Group<'a> {
     pub threads: usize,
     /// Tokens that each sequence may add to a step.
     pub chunk: usize,
+    pub kv_format: KvFormat,
 }
 
 /// What a step adds to a sequence.
@@ -96,6 +97,7 @@ impl Group<'_> {
             max_batch_tokens: chunk * sequences.len(),
             max_sample_rows: chunk * sequences.len(),
             max_context: longest,
+            kv_format: self.kv_format,
             spin: false,
         };
         let mut progress = |done, total| {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use evener_collective::{Collective, Tag};
 use evener_kernels::activation::{Activation, Precision};
-use evener_kernels::attention::{self, Heads, KvCache, Scratch, attend};
+use evener_kernels::attention::{self, Heads, KvCache, Rows, Scratch, attend};
 use evener_kernels::elementwise::silu_gate;
 use evener_kernels::linear::{self, Input, Sum, linear, linear_parts};
 use evener_kernels::norm::rms_norm;
@@ -47,8 +47,8 @@ impl Loaded for Cpu {
 
     fn kv_block_bytes(&self) -> u64 {
         let program = &self.weights.program;
-        let per_layer = 2 * 4 * program.n_kv_heads * program.head_dim * KV_BLOCK_LEN;
-        (program.n_layers * per_layer) as u64
+        let per_head = self.options.kv_format.bytes_per_position(program.head_dim);
+        (program.n_layers * program.n_kv_heads * per_head * KV_BLOCK_LEN) as u64
     }
 
     fn name(&self) -> String {
@@ -75,6 +75,8 @@ struct Rank {
     caches: Vec<KvCache>,
     activation: Activation,
     attention: Scratch,
+    /// Of the current step.
+    spans: Vec<attention::Span>,
     angles: Angles,
     sampled: Vec<f32>, // [S, hidden]
     logits: Vec<f32>,  // [S, own vocabulary rows]
@@ -91,7 +93,8 @@ impl Rank {
         let widest = program.buffers.iter().map(|b| b.columns).max().unwrap_or(0);
         let buffers: Vec<_> =
             program.buffers.iter().map(|b| vec![0.0; b.n_parts * tokens * b.columns]).collect();
-        let new_cache = || KvCache::new(n_kv_blocks, program.n_kv_heads, program.head_dim);
+        let (n_kv_heads, head_dim) = (program.n_kv_heads, program.head_dim);
+        let new_cache = || KvCache::new(options.kv_format, n_kv_blocks, n_kv_heads, head_dim);
         Self {
             isa,
             pool,
@@ -99,6 +102,7 @@ impl Rank {
             caches: (0..program.n_layers).map(|_| new_cache()).collect(),
             activation: Activation::with_capacity(tokens.max(options.max_sample_rows), widest, PRECISION),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
+            spans: Vec::with_capacity(tokens),
             angles: Angles::new(weights.rope, tokens),
             sampled: vec![0.0; options.max_sample_rows * widest],
             logits: vec![0.0; options.max_sample_rows * program.vocab.len()],
@@ -119,6 +123,13 @@ impl Backend for Rank {
         assert!(batch.sample_rows.len() <= self.max_sample_rows, "and to its sample rows");
         let weights = Arc::clone(&self.weights);
         self.angles.fill(&batch.positions);
+        self.spans.clear();
+        self.spans.extend(batch.spans.iter().map(|span| attention::Span {
+            first_row: span.first_row as usize,
+            n_rows: span.n_rows as usize,
+            first_position: batch.positions[span.first_row as usize] as usize,
+            first_block: span.first_block as usize,
+        }));
         let mut step = Step { rank: self, weights: &weights, batch, n_tokens: batch.tokens.len() };
         let mut op_tag = 0;
         for op in &weights.program.ops {
@@ -284,7 +295,7 @@ impl Step<'_> {
             rotate(&mut queries[q..q + q_columns], head_dim, pairs, cos, sin);
             rotate(&mut keys[kv..kv + kv_columns], head_dim, pairs, cos, sin);
             let (k, v) = (&keys[kv..kv + kv_columns], &values[kv..kv + kv_columns]);
-            rank.caches[layer].write(slot as usize, k, v);
+            rank.caches[layer].write(rank.isa, slot as usize, k, v);
         }
         self.put(q, queries);
         self.put(k, keys);
@@ -300,25 +311,15 @@ impl Step<'_> {
     ) {
         let n = self.n_tokens * self.weights.columns(q);
         let mut buffer = self.take(out);
-        let batch = self.batch;
-        let spans: Vec<_> = batch
-            .spans
-            .iter()
-            .map(|span| attention::Span {
-                first_row: span.first_row as usize,
-                n_rows: span.n_rows as usize,
-                first_position: batch.positions[span.first_row as usize] as usize,
-                blocks: &batch.block_tables[span.first_block as usize..][..span.n_blocks as usize],
-            })
-            .collect();
         let heads = Heads { kv_of_head, head_dim: self.weights.program.head_dim, scale };
         let rank = &mut *self.rank;
+        let rows = Rows { spans: &rank.spans, block_tables: &self.batch.block_tables };
         attend(
             &mut rank.pool,
             rank.isa,
             &rank.caches[layer],
             heads,
-            &spans,
+            rows,
             &rank.buffers[q.0][..n],
             &mut buffer[..n],
             &mut rank.attention,
