@@ -140,7 +140,7 @@ fn group_row(view: &View, group: &Group) -> Vec<String> {
         state,
         members.join(" "),
         links.join(" "),
-        format!("{}/{}", view.kv_blocks_used(group), group.kv_blocks),
+        format!("{}/{} {}", view.kv_blocks_used(group), group.kv_blocks, group.kv_format),
     ]
 }
 

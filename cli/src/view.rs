@@ -72,6 +72,7 @@ pub struct Group {
     pub reason: String,
     pub members: Vec<Member>,
     pub kv_blocks: u32,
+    pub kv_format: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

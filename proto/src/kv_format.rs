@@ -16,10 +16,12 @@ pub enum KvFormat {
 
 /// A format this build does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0} is not a format of the KV cache; 0 and 1 are f16, 2 is f32, 3 is int8")]
-pub struct Unknown(pub i32);
+#[error("{0} is not a format of the KV cache; there are f16 (1), f32 (2) and int8 (3)")]
+pub struct Unknown(pub String);
 
 impl KvFormat {
+    pub const ALL: [Self; 3] = [Self::F16, Self::F32, Self::Int8];
+
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -42,10 +44,22 @@ impl KvFormat {
         }
     }
 
+    /// By [`Self::name`]; no name means the default.
+    ///
+    /// # Errors
+    /// A name of no format.
+    pub fn parse(name: &str) -> Result<Self, Unknown> {
+        if name.is_empty() {
+            return Ok(Self::default());
+        }
+        let mut all = Self::ALL.into_iter();
+        all.find(|format| format.name() == name).ok_or_else(|| Unknown(name.to_owned()))
+    }
+
     /// # Errors
     /// A number of no format.
     pub fn from_wire(number: i32) -> Result<Self, Unknown> {
-        match pb::KvFormat::try_from(number).map_err(|_| Unknown(number))? {
+        match pb::KvFormat::try_from(number).map_err(|_| Unknown(number.to_string()))? {
             pb::KvFormat::Unspecified | pb::KvFormat::F16 => Ok(Self::F16),
             pb::KvFormat::F32 => Ok(Self::F32),
             pb::KvFormat::Int8 => Ok(Self::Int8),
@@ -74,11 +88,14 @@ mod tests {
 
     #[test]
     fn formats_survive_the_wire_and_none_means_f16() {
-        for format in [KvFormat::F16, KvFormat::F32, KvFormat::Int8] {
+        for format in KvFormat::ALL {
             assert_eq!(KvFormat::from_wire(format.to_wire()), Ok(format));
+            assert_eq!(KvFormat::parse(format.name()), Ok(format));
         }
         assert_eq!(KvFormat::from_wire(0), Ok(KvFormat::F16));
-        assert_eq!(KvFormat::from_wire(9), Err(Unknown(9)));
+        assert_eq!(KvFormat::parse(""), Ok(KvFormat::F16));
+        assert!(KvFormat::parse("f8").is_err());
+        assert_eq!(KvFormat::from_wire(9), Err(Unknown("9".to_owned())));
     }
 
     #[test]

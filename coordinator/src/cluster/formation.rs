@@ -190,6 +190,7 @@ mod tests {
             kv_blocks: 0,
             kv_block_len: 0,
             deterministic: false,
+            kv_format: evener_proto::KvFormat::default(),
         };
         Formation::new(record, now, Duration::from_secs(10))
     }

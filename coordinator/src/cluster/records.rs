@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use evener_proto::Message;
 use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
+use evener_proto::kv_format::{self, KvFormat};
 use evener_proto::registry as pb;
 
 /// A worker's load report has nothing to check: numbers, and words for people.
@@ -16,6 +17,8 @@ pub use evener_proto::registry::LoadReport as Load;
 pub enum Error {
     #[error("not a {record}: {detail}")]
     Undecodable { record: &'static str, detail: String },
+    #[error(transparent)]
+    KvFormat(#[from] kv_format::Unknown),
     #[error(transparent)]
     BadId(#[from] evener_proto::ids::Error),
     #[error("{record} has {field} {value}; {allowed}")]
@@ -181,6 +184,8 @@ pub struct Group {
     /// Tokens; 0 until ready.
     pub kv_block_len: u32,
     pub deterministic: bool,
+    /// Asked of its ranks.
+    pub kv_format: KvFormat,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -245,6 +250,7 @@ impl Group {
             kv_blocks: message.kv_blocks,
             kv_block_len: message.kv_block_len,
             deterministic: message.deterministic,
+            kv_format: KvFormat::parse(&message.kv_format)?,
         })
     }
 
@@ -273,6 +279,7 @@ impl Group {
             kv_blocks: self.kv_blocks,
             kv_block_len: self.kv_block_len,
             deterministic: self.deterministic,
+            kv_format: self.kv_format.name().to_owned(),
         })
     }
 }

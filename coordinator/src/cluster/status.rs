@@ -160,6 +160,7 @@ fn group_page(state: &State, shown: &Shown<'_>) -> Value {
         "kv_block_len": record.kv_block_len,
         "kv_tokens": u64::from(record.kv_blocks) * u64::from(record.kv_block_len),
         "deterministic": record.deterministic,
+        "kv_format": record.kv_format.name(),
         "members": members,
     })
 }

@@ -337,6 +337,7 @@ impl Supervisor {
             kv_blocks: 0,
             kv_block_len: 0,
             deterministic: false,
+            kv_format: self.options.placement.kv_format,
         };
         let members: Vec<&str> =
             live.members.iter().map(|(worker, _)| worker.id.as_str()).collect();
@@ -371,7 +372,7 @@ impl Supervisor {
                 join_timeout: self.options.join_timeout,
                 step_timeout: self.options.step_timeout,
                 max_sequences: self.options.max_sequences,
-                kv_format: self.options.placement.kv_format,
+                kv_format: formation.record.kv_format,
             };
             let (group, attempt, reports) = (id.clone(), live.attempt, self.reports.clone());
             let (address, options) = (worker.grpc_address.clone(), self.options.member.clone());

@@ -2,9 +2,11 @@
 //! numbers are rounded on their way in; it does not know sequences.
 
 use super::memory::Memory;
-use super::simd::{Simd, dispatch_simd};
+use super::simd::{Simd, dispatch_simd, each};
 use crate::isa::Isa;
 use crate::lanes::LANES;
+use crate::math::ROUND;
+use crate::pool::{Pool, part};
 
 /// Positions of a KV block: one per lane.
 pub const BLOCK_LEN: usize = LANES;
@@ -14,6 +16,9 @@ pub(super) const RUN: usize = 4 * LANES;
 
 /// Bytes in front of a page whose numbers have scales: one f32 per position.
 pub(super) const SCALE_BYTES: usize = 4 * BLOCK_LEN;
+
+/// Fewer rows are written by the caller's thread alone.
+const MIN_SHARED_ROWS: usize = 8;
 
 /// How keys and values are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -52,14 +57,6 @@ impl Format {
     fn page_bytes(self, head_dim: usize) -> usize {
         self.bytes_per_position(head_dim) / 2 * BLOCK_LEN
     }
-
-    fn number_bytes(self) -> usize {
-        match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
-            Self::Int8 => 1,
-        }
-    }
 }
 
 /// One layer's keys and values of a rank. A page holds one KV head's keys, or values, of one block;
@@ -76,13 +73,6 @@ pub struct KvCache {
     n_blocks: usize,
     n_kv_heads: usize,
     head_dim: usize,
-}
-
-/// Writes into a cache from several threads.
-#[derive(Clone, Copy)]
-pub struct Writer<'a> {
-    cache: &'a KvCache,
-    isa: Isa,
 }
 
 impl KvCache {
@@ -111,18 +101,53 @@ impl KvCache {
         self.n_blocks
     }
 
-    /// Writes one position's `[n_kv_heads, head_dim]` keys and values.
+    /// Writes the `[rows, n_kv_heads, head_dim]` keys and values of rows; each goes to a slot of its
+    /// own.
     ///
     /// # Panics
     /// If shapes disagree, or there is no such slot.
-    pub fn write(&mut self, isa: Isa, slot: usize, k: &[f32], v: &[f32]) {
-        // SAFETY: `&mut self`: nobody else writes or reads.
-        unsafe { self.writer(isa).write(slot, k, v) }
+    pub fn write(&mut self, pool: &mut Pool, isa: Isa, slots: &[u32], k: &[f32], v: &[f32]) {
+        let width = self.n_kv_heads * self.head_dim;
+        assert!(k.len() == slots.len() * width && v.len() == k.len(), "a row for each slot");
+        let in_cache = |&slot: &u32| (slot as usize) < self.n_blocks * BLOCK_LEN;
+        assert!(slots.iter().all(in_cache), "slots are in the cache");
+        if slots.len() < MIN_SHARED_ROWS || width == 0 {
+            self.write_rows(isa, slots, k, v);
+            return;
+        }
+        let (cache, n_threads) = (&*self, pool.n_threads());
+        pool.run(&|thread| {
+            let rows = part(slots.len(), thread, n_threads);
+            let numbers = rows.start * width..rows.end * width;
+            cache.write_rows(isa, &slots[rows], &k[numbers.clone()], &v[numbers]);
+        });
     }
 
-    /// For threads that share the writing.
-    pub fn writer(&mut self, isa: Isa) -> Writer<'_> {
-        Writer { cache: self, isa }
+    /// Of checked rows; whoever calls it has `&mut self`, and other rows than other threads.
+    fn write_rows(&self, isa: Isa, slots: &[u32], k: &[f32], v: &[f32]) {
+        let (d, page_bytes) = (self.head_dim, self.format.page_bytes(self.head_dim));
+        for (row, &slot) in slots.iter().enumerate() {
+            let (block, at) = (slot as usize / BLOCK_LEN, slot as usize % BLOCK_LEN);
+            for head in 0..self.n_kv_heads {
+                let page = (head * self.n_blocks + block) * page_bytes;
+                let from = (row * self.n_kv_heads + head) * d;
+                let (k, v) = (&k[from..from + d], &v[from..from + d]);
+                // SAFETY: a page of the cache, as `write` asserted.
+                let pages =
+                    unsafe { [self.k.as_mut_ptr().add(page), self.v.as_mut_ptr().add(page)] };
+                match self.format {
+                    Format::F16 => dispatch_simd!(isa, fn(
+                        pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32],
+                    ) => write_head::<ToF16>),
+                    Format::F32 => dispatch_simd!(isa, fn(
+                        pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32],
+                    ) => write_head::<ToF32>),
+                    Format::Int8 => dispatch_simd!(isa, fn(
+                        pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32],
+                    ) => write_head::<ToInt8>),
+                }
+            }
+        }
     }
 
     /// Where the keys and the values of a block begin.
@@ -135,30 +160,77 @@ impl KvCache {
     }
 }
 
-impl Writer<'_> {
-    /// [`KvCache::write`].
-    ///
-    /// # Panics
-    /// As there.
-    ///
+/// How numbers are rounded.
+trait Rounding {
+    type Number: Copy + Default;
+    /// The scale of a row, if its page has scales, and what to multiply the row with.
+    fn scale(row: &[f32]) -> Option<[f32; 2]>;
     /// # Safety
-    /// No two threads write the same slot at once.
-    pub unsafe fn write(&self, slot: usize, k: &[f32], v: &[f32]) {
-        let cache = self.cache;
-        let (block, at) = (slot / BLOCK_LEN, slot % BLOCK_LEN);
-        let width = cache.n_kv_heads * cache.head_dim;
-        assert!(block < cache.n_blocks && k.len() == width && v.len() == width, "slot {slot}");
-        let page_bytes = cache.format.page_bytes(cache.head_dim);
-        let heads = k.chunks_exact(cache.head_dim).zip(v.chunks_exact(cache.head_dim));
-        for (head, (k, v)) in heads.enumerate() {
-            let page = (head * cache.n_blocks + block) * page_bytes;
-            // SAFETY: a page of the cache, by the assertion; this position of it is the caller's.
-            let pages = unsafe { [cache.k.as_mut_ptr().add(page), cache.v.as_mut_ptr().add(page)] };
-            let format = cache.format;
-            dispatch_simd!(self.isa, fn(
-                format: Format, pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32],
-            ) => write_head);
+    /// The machine has `S`.
+    unsafe fn round<S: Simd>(x: &[f32], inverse: f32) -> [Self::Number; LANES];
+}
+
+struct ToF16;
+struct ToF32;
+struct ToInt8;
+
+impl Rounding for ToF16 {
+    type Number = u16;
+
+    #[inline(always)]
+    fn scale(_: &[f32]) -> Option<[f32; 2]> {
+        None
+    }
+
+    #[inline(always)]
+    unsafe fn round<S: Simd>(x: &[f32], _: f32) -> [u16; LANES] {
+        const LARGEST: f32 = 65504.0;
+        let bounded: [f32; LANES] = each(|lane| {
+            let x = if x[lane] > LARGEST { LARGEST } else { x[lane] };
+            if x < -LARGEST { -LARGEST } else { x }
+        });
+        let mut rounded = [0; LANES];
+        // SAFETY: the caller's promise; both have sixteen lanes.
+        unsafe { S::store_f16(rounded.as_mut_ptr(), S::load(bounded.as_ptr())) };
+        rounded
+    }
+}
+
+impl Rounding for ToF32 {
+    type Number = f32;
+
+    #[inline(always)]
+    fn scale(_: &[f32]) -> Option<[f32; 2]> {
+        None
+    }
+
+    #[inline(always)]
+    unsafe fn round<S: Simd>(x: &[f32], _: f32) -> [f32; LANES] {
+        each(|lane| x[lane])
+    }
+}
+
+impl Rounding for ToInt8 {
+    type Number = i8;
+
+    #[inline(always)]
+    fn scale(row: &[f32]) -> Option<[f32; 2]> {
+        let mut largest = [0f32; LANES];
+        for row in row.chunks_exact(LANES) {
+            for lane in 0..LANES {
+                let magnitude = row[lane].abs();
+                largest[lane] = if magnitude > largest[lane] { magnitude } else { largest[lane] };
+            }
         }
+        let largest = largest.iter().fold(0f32, |a, &b| if b > a { b } else { a });
+        let inverse = 127.0 / largest;
+        // A row of zeros, or one so small that its inverse is not finite, is kept as zeros.
+        Some(if inverse.is_finite() { [largest / 127.0, inverse] } else { [0.0; 2] })
+    }
+
+    #[inline(always)]
+    unsafe fn round<S: Simd>(x: &[f32], inverse: f32) -> [i8; LANES] {
+        each(|lane| ((x[lane] * inverse + ROUND) - ROUND) as i8)
     }
 }
 
@@ -168,90 +240,36 @@ impl Writer<'_> {
 /// The machine has `S`; the pages are of this format and of `k.len()` columns, and nobody else uses
 /// this position of them.
 #[inline(always)]
-unsafe fn write_head<S: Simd>(
-    format: Format,
-    [k_page, v_page]: [*mut u8; 2],
-    at: usize,
-    k: &[f32],
-    v: &[f32],
-) {
-    // SAFETY: `at` is a position of the page, columns and runs cover its numbers.
-    unsafe {
-        let header = if format == Format::Int8 { SCALE_BYTES } else { 0 };
-        let (k_scale, v_scale) = match format {
-            Format::Int8 => (inverse_scale(k), inverse_scale(v)),
-            Format::F16 | Format::F32 => ([0.0; 2], [0.0; 2]),
-        };
-        if format == Format::Int8 {
-            k_page.cast::<f32>().add(at).write(k_scale[0]);
-            v_page.cast::<f32>().add(at).write(v_scale[0]);
+unsafe fn write_head<S: Simd, R: Rounding>(pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32]) {
+    let mut inverses = [1.0; 2];
+    let mut numbers: [*mut R::Number; 2] = [pages[0].cast(), pages[1].cast()];
+    for part in 0..2 {
+        let row = [k, v][part];
+        let Some([scale, inverse]) = R::scale(row) else { continue };
+        inverses[part] = inverse;
+        // SAFETY: pages with scales begin with one for each position.
+        unsafe {
+            pages[part].cast::<f32>().add(at).write(scale);
+            numbers[part] = pages[part].add(SCALE_BYTES).cast();
         }
-        let (k_page, v_page) = (k_page.add(header), v_page.add(header));
-        let size = format.number_bytes();
-        let mut rounded = [0u8; 4 * LANES];
-        for (i, k) in k.chunks_exact(LANES).enumerate() {
-            round::<S>(format, k, k_scale[1], &mut rounded);
-            for (column, number) in rounded.chunks_exact(size).take(LANES).enumerate() {
-                let to = k_page.add(((i * LANES + column) * BLOCK_LEN + at) * size);
-                to.copy_from_nonoverlapping(number.as_ptr(), size);
-            }
-        }
-        for (run, v) in v.chunks(RUN).enumerate() {
-            let row = run * RUN * BLOCK_LEN + at * v.len();
-            for (i, v) in v.chunks_exact(LANES).enumerate() {
-                round::<S>(format, v, v_scale[1], &mut rounded);
-                let to = v_page.add((row + i * LANES) * size);
-                to.copy_from_nonoverlapping(rounded.as_ptr(), LANES * size);
+    }
+    for (i, k) in k.chunks_exact(LANES).enumerate() {
+        // SAFETY: `at` is a position of the page; chunks are of its columns.
+        unsafe {
+            let rounded = R::round::<S>(k, inverses[0]);
+            let to = numbers[0].add(i * LANES * BLOCK_LEN + at);
+            for column in 0..LANES {
+                to.add(column * BLOCK_LEN).write(rounded[column]);
             }
         }
     }
-}
-
-/// The scale of a row of int8 and what to multiply the row with.
-#[inline(always)]
-fn inverse_scale(row: &[f32]) -> [f32; 2] {
-    let mut largest = [0f32; LANES];
-    for row in row.chunks_exact(LANES) {
-        for lane in 0..LANES {
-            let magnitude = row[lane].abs();
-            largest[lane] = if magnitude > largest[lane] { magnitude } else { largest[lane] };
-        }
-    }
-    let largest = largest.iter().fold(0f32, |a, &b| if b > a { b } else { a });
-    let scale = largest / 127.0;
-    // A row of zeros, or one so small that its inverse is not finite, is kept as zeros.
-    let inverse = 127.0 / largest;
-    if inverse.is_finite() { [scale, inverse] } else { [0.0; 2] }
-}
-
-/// Sixteen numbers as `format` keeps them, at the front of `to`.
-///
-/// # Safety
-/// The machine has `S`.
-#[inline(always)]
-unsafe fn round<S: Simd>(format: Format, x: &[f32], inverse: f32, to: &mut [u8; 4 * LANES]) {
-    const LARGEST_F16: f32 = 65504.0;
-    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-    const ROUND: f32 = 12_582_912.0;
-    let to = to.as_mut_ptr();
-    // SAFETY: `to` has room for sixteen f32, and so for sixteen of less; x has sixteen.
-    unsafe {
-        match format {
-            Format::F32 => to.copy_from_nonoverlapping(x.as_ptr().cast(), 4 * LANES),
-            Format::F16 => {
-                let mut bounded = [0f32; LANES];
-                for lane in 0..LANES {
-                    let x = x[lane];
-                    let x = if x > LARGEST_F16 { LARGEST_F16 } else { x };
-                    bounded[lane] = if x < -LARGEST_F16 { -LARGEST_F16 } else { x };
-                }
-                S::store_f16(to.cast(), S::load(bounded.as_ptr()));
-            }
-            Format::Int8 => {
-                for lane in 0..LANES {
-                    let rounded = (x[lane] * inverse + ROUND) - ROUND;
-                    to.add(lane).cast::<i8>().write(rounded as i8);
-                }
+    for (run, v) in v.chunks(RUN).enumerate() {
+        let row = run * RUN * BLOCK_LEN + at * v.len();
+        for (i, v) in v.chunks_exact(LANES).enumerate() {
+            // SAFETY: as above; a run has a row for each position.
+            unsafe {
+                let rounded = R::round::<S>(v, inverses[1]);
+                numbers[1].add(row + i * LANES).cast::<[R::Number; LANES]>().write(rounded);
             }
         }
     }

@@ -13,7 +13,7 @@ mod tile;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-pub use cache::{BLOCK_LEN, Format, KvCache, Writer};
+pub use cache::{BLOCK_LEN, Format, KvCache};
 
 use crate::isa::Isa;
 use crate::pool::{Pool, Shards};

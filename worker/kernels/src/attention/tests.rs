@@ -40,11 +40,12 @@ impl Case {
         let tables: Vec<Vec<u32>> =
             lens.iter().map(|len| ids.by_ref().take(len.div_ceil(BLOCK_LEN)).collect()).collect();
         let mut cache = KvCache::new(format, n_blocks, N_KV_HEADS, head_dim);
+        let mut alone = Pool::new(1, false);
         for (s, table) in tables.iter().enumerate() {
             for p in 0..lens[s] {
                 let slot = table[p / BLOCK_LEN] as usize * BLOCK_LEN + p % BLOCK_LEN;
                 let [k, v] = key_and_value(s, p, head_dim);
-                cache.write(isa, slot, &k, &v);
+                cache.write(&mut alone, isa, &[slot as u32], &k, &v);
             }
         }
         Self { format, head_dim, lens: lens.to_vec(), tables, cache }
@@ -179,9 +180,9 @@ fn what_a_block_held_before_does_not_matter() {
         let want = case.attend(Isa::detect(), 1, &[(0, 17, 1)]);
         let width = N_KV_HEADS * 32;
         let slot = |p: usize| case.tables[0][p / BLOCK_LEN] as usize * BLOCK_LEN + p % BLOCK_LEN;
-        for slot in [18, 19, 31].map(slot) {
-            case.cache.write(Isa::detect(), slot, &vec![f32::NAN; width], &vec![f32::NAN; width]);
-        }
+        let slots = [18, 19, 31].map(|p| slot(p) as u32);
+        let nan = vec![f32::NAN; slots.len() * width];
+        case.cache.write(&mut Pool::new(1, false), Isa::detect(), &slots, &nan, &nan);
         assert_eq!(case.attend(Isa::detect(), 1, &[(0, 17, 1)]), want, "{format:?}");
     }
 }
@@ -192,8 +193,8 @@ fn numbers_beyond_the_format_saturate_and_rows_of_zeros_stay_zeros() {
         for (value, expect) in [(1e6, 65504.0), (-1e6, -65504.0), (0.0, 0.0), (1e-45, 0.0)] {
             let mut cache = KvCache::new(format, 1, N_KV_HEADS, 32);
             let row = vec![value; N_KV_HEADS * 32];
-            cache.write(Isa::detect(), 0, &row, &row);
-            let q = vec![0.0; KV_OF_HEAD.len() * 32];
+            cache.write(&mut Pool::new(1, false), Isa::detect(), &[0], &row, &row);
+            let q: Vec<f32> = vec![0.0; KV_OF_HEAD.len() * 32];
             let mut out = q.clone();
             attend(
                 &mut Pool::new(1, false),
@@ -212,5 +213,41 @@ fn numbers_beyond_the_format_saturate_and_rows_of_zeros_stay_zeros() {
             let near = |x: &f32| (x - expect).abs() <= expect.abs() * 1e-6 + 1e-44;
             assert!(out.iter().all(near), "{format:?} {value}: {}", out[0]);
         }
+    }
+}
+
+#[test]
+fn a_cache_does_not_depend_on_who_writes_its_rows() {
+    for format in Format::ALL {
+        let (n_rows, width) = (40, N_KV_HEADS * 96);
+        let slots: Vec<u32> = (0..n_rows as u32).map(|i| (i * 7) % 48).collect();
+        let (k, v) = (noise(1, n_rows * width), noise(2, n_rows * width));
+        let attended = |n_threads: usize, at_a_time: usize| {
+            let mut cache = KvCache::new(format, 3, N_KV_HEADS, 96);
+            let mut pool = Pool::new(n_threads, false);
+            for (i, slots) in slots.chunks(at_a_time).enumerate() {
+                let numbers = i * at_a_time * width..(i * at_a_time + slots.len()) * width;
+                cache.write(&mut pool, Isa::detect(), slots, &k[numbers.clone()], &v[numbers]);
+            }
+            let q = noise(3, KV_OF_HEAD.len() * 96);
+            let mut out = vec![f32::NAN; q.len()];
+            attend(
+                &mut pool,
+                Isa::detect(),
+                &cache,
+                Heads { kv_of_head: &KV_OF_HEAD, head_dim: 96, scale: SCALE },
+                Rows {
+                    spans: &[Span { first_row: 0, n_rows: 1, first_position: 47, first_block: 0 }],
+                    block_tables: &[2, 0, 1],
+                },
+                &q,
+                &mut out,
+                &mut Scratch::new(n_threads, 48, 96),
+            );
+            out
+        };
+        let want = attended(1, 1);
+        assert!(want.iter().all(|x| x.is_finite()) && want.iter().any(|&x| x != 0.0));
+        assert_eq!(attended(3, n_rows), want, "{format:?}");
     }
 }

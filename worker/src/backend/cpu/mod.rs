@@ -289,14 +289,15 @@ impl Step<'_> {
         let (mut queries, mut keys) = (self.take(q), self.take(k));
         let rank = &mut *self.rank;
         let values = &rank.buffers[v.0];
-        for (row, &slot) in self.batch.slots.iter().enumerate() {
+        for row in 0..self.n_tokens {
             let (cos, sin) = rank.angles.row(row);
             let (q, kv) = (row * q_columns, row * kv_columns);
             rotate(&mut queries[q..q + q_columns], head_dim, pairs, cos, sin);
             rotate(&mut keys[kv..kv + kv_columns], head_dim, pairs, cos, sin);
-            let (k, v) = (&keys[kv..kv + kv_columns], &values[kv..kv + kv_columns]);
-            rank.caches[layer].write(rank.isa, slot as usize, k, v);
         }
+        let n = self.n_tokens * kv_columns;
+        let (pool, slots) = (&mut rank.pool, &self.batch.slots);
+        rank.caches[layer].write(pool, rank.isa, slots, &keys[..n], &values[..n]);
         self.put(q, queries);
         self.put(k, keys);
     }
