@@ -35,7 +35,9 @@ fn main() {
     let leaf = at(3, columns);
     println!("{rows} x {columns}, {n_threads} threads, leaves of {leaf}");
     for isa in Isa::available().into_iter().take(2) {
-        for format in [Format::Q4_0, Format::Q4_1, Format::Q4K, Format::Q5_0, Format::Q6K, Format::Q8_0] {
+        for format in
+            [Format::Q4_0, Format::Q4_1, Format::Q4K, Format::Q5_0, Format::Q6K, Format::Q8_0]
+        {
             let blocks = vec![0x11; columns / format.block_len() * format.block_bytes()];
             let matrix = Matrix::pack(rows, columns, &Constant(format, blocks));
             for precision in [Precision::Int8, Precision::Int12] {
@@ -53,7 +55,8 @@ fn main() {
 }
 
 fn ms() -> Vec<usize> {
-    std::env::var("MS").map_or(vec![1, 2, 4, 8, 16, 32, 128, 512], |s| s.split(",").flat_map(str::parse).collect())
+    std::env::var("MS")
+        .map_or(vec![1, 2, 4, 8, 16, 32, 128, 512], |s| s.split(",").flat_map(str::parse).collect())
 }
 
 fn time(

@@ -173,10 +173,10 @@ struct Target<'a> {
 
 fn quantise_scales(isa: Isa, x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) {
     dispatch!(isa, fn(x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) =>
-        match to.precision {
-            Precision::Int8 => quantise_generic::<1>(x, to, scales),
-            Precision::Int12 => quantise_generic::<2>(x, to, scales),
-        });
+    match to.precision {
+        Precision::Int8 => quantise_generic::<1>(x, to, scales),
+        Precision::Int12 => quantise_generic::<2>(x, to, scales),
+    });
 }
 
 #[inline(always)]

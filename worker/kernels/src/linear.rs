@@ -285,12 +285,7 @@ impl Job<'_> {
     }
 
     /// Calls `run` with 8, 4, 2 or 1 rows of a group at a time.
-    fn by_rows(
-        &self,
-        step: &Step<'_>,
-        rows: Range<usize>,
-        run: impl Fn(&Group<'_>, usize, usize),
-    ) {
+    fn by_rows(&self, step: &Step<'_>, rows: Range<usize>, run: impl Fn(&Group<'_>, usize, usize)) {
         let mut row = rows.start;
         while row < rows.end {
             let group = step.group(row / GROUP, self.weight.columns);

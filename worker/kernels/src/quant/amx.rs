@@ -289,7 +289,8 @@ impl Pass<'_, '_> {
             place.part += 1;
         }
         if place.in_part == self.sum.part_leaves[place.part] {
-            let rows = self.rows.start + g * GROUP..self.rows.end.min(self.rows.start + (g + 1) * GROUP);
+            let rows =
+                self.rows.start + g * GROUP..self.rows.end.min(self.rows.start + (g + 1) * GROUP);
             for (row, total) in rows.zip(&*total) {
                 (self.store)(place.part, row, total);
             }
@@ -321,8 +322,7 @@ unsafe fn add_scale<B: Blocks, const TERMS: usize, const ROWS: usize>(
             let (scale, min) = (_mm512_load_ps(scale.as_ptr()), _mm512_load_ps(min.as_ptr()));
             let products = &products[i * Shape::<B, TERMS>::PRODUCTS..];
             for row in 0..ROWS {
-                let product =
-                    |term: usize| _mm512_load_si512(products[term][row].as_ptr().cast());
+                let product = |term: usize| _mm512_load_si512(products[term][row].as_ptr().cast());
                 let dot = if Shape::<B, TERMS>::PRODUCTS == 1 {
                     product(0)
                 } else {
@@ -419,9 +419,7 @@ unsafe fn four_products(
     }
     // SAFETY: the caller's promise. Tiles 0 to 3 keep products from one call to the next; the
     // compiler itself uses none.
-    unsafe {
-        if signed { products!("tdpbssd") } else { products!("tdpbsud") }
-    }
+    unsafe { if signed { products!("tdpbssd") } else { products!("tdpbsud") } }
 }
 
 /// Stores what [`four_products`] left under way.
@@ -462,7 +460,5 @@ unsafe fn one_product(signed: bool, input: (*const i8, *const u8), stride: usize
         };
     }
     // SAFETY: the caller's promise.
-    unsafe {
-        if signed { product!("tdpbssd") } else { product!("tdpbsud") }
-    }
+    unsafe { if signed { product!("tdpbssd") } else { product!("tdpbsud") } }
 }

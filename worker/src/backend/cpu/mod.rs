@@ -60,7 +60,10 @@ impl Loaded for Cpu {
     }
 
     fn into_backend(self: Box<Self>, n_kv_blocks: u32) -> Result<Box<dyn Backend>, Error> {
-        Ok(Box::new(Rank::new(*self, n_kv_blocks as usize)))
+        let rank = Rank::new(*self, n_kv_blocks as usize);
+        let no_memory =
+            |error| Error::Device { reason: format!("memory for the KV cache: {error}") };
+        Ok(Box::new(rank.map_err(no_memory)?))
     }
 }
 
@@ -86,7 +89,7 @@ struct Rank {
 }
 
 impl Rank {
-    fn new(loaded: Cpu, n_kv_blocks: usize) -> Self {
+    fn new(loaded: Cpu, n_kv_blocks: usize) -> std::io::Result<Self> {
         let Cpu { weights, options, isa, pool } = loaded;
         let program = &weights.program;
         let tokens = options.max_batch_tokens;
@@ -95,12 +98,17 @@ impl Rank {
             program.buffers.iter().map(|b| vec![0.0; b.n_parts * tokens * b.columns]).collect();
         let (n_kv_heads, head_dim) = (program.n_kv_heads, program.head_dim);
         let new_cache = || KvCache::new(options.kv_format, n_kv_blocks, n_kv_heads, head_dim);
-        Self {
+        let caches = (0..program.n_layers).map(|_| new_cache()).collect::<std::io::Result<_>>()?;
+        Ok(Self {
             isa,
             pool,
             buffers,
-            caches: (0..program.n_layers).map(|_| new_cache()).collect(),
-            activation: Activation::with_capacity(tokens.max(options.max_sample_rows), widest, PRECISION),
+            caches,
+            activation: Activation::with_capacity(
+                tokens.max(options.max_sample_rows),
+                widest,
+                PRECISION,
+            ),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             spans: Vec::with_capacity(tokens),
             angles: Angles::new(weights.rope, tokens),
@@ -110,7 +118,7 @@ impl Rank {
             max_batch_tokens: tokens,
             max_sample_rows: options.max_sample_rows,
             weights,
-        }
+        })
     }
 }
 
