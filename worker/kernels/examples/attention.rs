@@ -173,7 +173,8 @@ fn noise(n: usize) -> Vec<f32> {
 /// A layer's cache of `n_positions`, filled.
 fn cache(isa: Isa, shape: &Shape, format: Format, n_positions: usize) -> KvCache {
     let n_blocks = n_positions.div_ceil(BLOCK_LEN);
-    let mut cache = KvCache::new(format, n_blocks, shape.n_kv_heads, shape.head_dim);
+    let mut cache = KvCache::new(format, n_blocks, shape.n_kv_heads, shape.head_dim)
+        .expect("memory for the cache");
     let width = shape.n_kv_heads * shape.head_dim;
     let noise = noise(width + 64);
     let mut alone = Pool::new(1, false);

@@ -1,11 +1,14 @@
 //! A layer's keys and values: paged, in one of three formats. Knows where a position stands and how
 //! numbers are rounded on their way in; it does not know sequences.
 
-use super::memory::Memory;
+use std::io;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
 use super::simd::{Simd, dispatch_simd, each};
 use crate::isa::Isa;
 use crate::lanes::LANES;
 use crate::math::ROUND;
+use crate::memory::Memory;
 use crate::pool::{Pool, part};
 
 /// Positions of a KV block: one per lane.
@@ -78,14 +81,21 @@ pub struct KvCache {
 impl KvCache {
     /// Zeroed memory for `n_blocks` blocks.
     ///
+    /// # Errors
+    /// The system has none.
+    ///
     /// # Panics
-    /// If there is none, or `head_dim` is not a multiple of 32.
-    #[must_use]
-    pub fn new(format: Format, n_blocks: usize, n_kv_heads: usize, head_dim: usize) -> Self {
+    /// If `head_dim` is not a multiple of 32.
+    pub fn new(
+        format: Format,
+        n_blocks: usize,
+        n_kv_heads: usize,
+        head_dim: usize,
+    ) -> io::Result<Self> {
         assert!(head_dim.is_multiple_of(2 * LANES), "heads of {head_dim} columns");
         let len = n_blocks * n_kv_heads * format.page_bytes(head_dim);
-        let (k, v) = (Memory::zeroed(len), Memory::zeroed(len));
-        Self { k, v, format, n_blocks, n_kv_heads, head_dim }
+        let (k, v) = (Memory::zeroed(len)?, Memory::zeroed(len)?);
+        Ok(Self { k, v, format, n_blocks, n_kv_heads, head_dim })
     }
 
     #[must_use]
@@ -112,19 +122,24 @@ impl KvCache {
         let in_cache = |&slot: &u32| (slot as usize) < self.n_blocks * BLOCK_LEN;
         assert!(slots.iter().all(in_cache), "slots are in the cache");
         if slots.len() < MIN_SHARED_ROWS || width == 0 {
-            self.write_rows(isa, slots, k, v);
+            let memory = [self.k.as_mut_ptr(), self.v.as_mut_ptr()];
+            self.write_rows(memory, isa, slots, k, v);
             return;
         }
+        // Threads write places of their own, which share no slice.
+        let memory = [self.k.as_mut_ptr(), self.v.as_mut_ptr()].map(AtomicPtr::new);
         let (cache, n_threads) = (&*self, pool.n_threads());
         pool.run(&|thread| {
             let rows = part(slots.len(), thread, n_threads);
             let numbers = rows.start * width..rows.end * width;
-            cache.write_rows(isa, &slots[rows], &k[numbers.clone()], &v[numbers]);
+            let memory = [0, 1].map(|i| memory[i].load(Ordering::Relaxed));
+            cache.write_rows(memory, isa, &slots[rows], &k[numbers.clone()], &v[numbers]);
         });
     }
 
-    /// Of checked rows; whoever calls it has `&mut self`, and other rows than other threads.
-    fn write_rows(&self, isa: Isa, slots: &[u32], k: &[f32], v: &[f32]) {
+    /// Of checked rows, to the memory of keys and values; whoever calls it has borrowed that uniquely,
+    /// and has other rows than other threads.
+    fn write_rows(&self, memory: [*mut u8; 2], isa: Isa, slots: &[u32], k: &[f32], v: &[f32]) {
         let (d, page_bytes) = (self.head_dim, self.format.page_bytes(self.head_dim));
         for (row, &slot) in slots.iter().enumerate() {
             let (block, at) = (slot as usize / BLOCK_LEN, slot as usize % BLOCK_LEN);
@@ -133,8 +148,7 @@ impl KvCache {
                 let from = (row * self.n_kv_heads + head) * d;
                 let (k, v) = (&k[from..from + d], &v[from..from + d]);
                 // SAFETY: a page of the cache, as `write` asserted.
-                let pages =
-                    unsafe { [self.k.as_mut_ptr().add(page), self.v.as_mut_ptr().add(page)] };
+                let pages = unsafe { [memory[0].add(page), memory[1].add(page)] };
                 match self.format {
                     Format::F16 => dispatch_simd!(isa, fn(
                         pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32],

@@ -6,7 +6,6 @@
 //! chosen by the work there is and changes no bit.
 
 mod cache;
-mod memory;
 mod simd;
 mod tile;
 

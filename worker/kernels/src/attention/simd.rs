@@ -448,11 +448,16 @@ macro_rules! dispatch_simd {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Isa` values other than Portable come from `Isa::detect` or
             // `Isa::available`, which checked the CPU's features.
-            $crate::isa::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+            $crate::isa::Isa::Avx512Amx | $crate::isa::Isa::Avx512Vnni => unsafe {
+                avx512($($arg),*)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            #[cfg(not(target_arch = "x86_64"))]
             _ => portable($($arg),*),
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Isa::Portable => portable($($arg),*),
         }
     }};
 }

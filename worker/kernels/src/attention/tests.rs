@@ -39,7 +39,7 @@ impl Case {
         let mut ids = ids.into_iter().map(u32::reverse_bits);
         let tables: Vec<Vec<u32>> =
             lens.iter().map(|len| ids.by_ref().take(len.div_ceil(BLOCK_LEN)).collect()).collect();
-        let mut cache = KvCache::new(format, n_blocks, N_KV_HEADS, head_dim);
+        let mut cache = KvCache::new(format, n_blocks, N_KV_HEADS, head_dim).unwrap();
         let mut alone = Pool::new(1, false);
         for (s, table) in tables.iter().enumerate() {
             for p in 0..lens[s] {
@@ -191,7 +191,7 @@ fn what_a_block_held_before_does_not_matter() {
 fn numbers_beyond_the_format_saturate_and_rows_of_zeros_stay_zeros() {
     for format in Format::ALL {
         for (value, expect) in [(1e6, 65504.0), (-1e6, -65504.0), (0.0, 0.0), (1e-45, 0.0)] {
-            let mut cache = KvCache::new(format, 1, N_KV_HEADS, 32);
+            let mut cache = KvCache::new(format, 1, N_KV_HEADS, 32).unwrap();
             let row = vec![value; N_KV_HEADS * 32];
             cache.write(&mut Pool::new(1, false), Isa::detect(), &[0], &row, &row);
             let q: Vec<f32> = vec![0.0; KV_OF_HEAD.len() * 32];
@@ -223,7 +223,7 @@ fn a_cache_does_not_depend_on_who_writes_its_rows() {
         let slots: Vec<u32> = (0..n_rows as u32).map(|i| (i * 7) % 48).collect();
         let (k, v) = (noise(1, n_rows * width), noise(2, n_rows * width));
         let attended = |n_threads: usize, at_a_time: usize| {
-            let mut cache = KvCache::new(format, 3, N_KV_HEADS, 96);
+            let mut cache = KvCache::new(format, 3, N_KV_HEADS, 96).unwrap();
             let mut pool = Pool::new(n_threads, false);
             for (i, slots) in slots.chunks(at_a_time).enumerate() {
                 let numbers = i * at_a_time * width..(i * at_a_time + slots.len()) * width;

@@ -66,7 +66,10 @@ impl Loaded for Cpu {
     }
 
     fn into_backend(self: Box<Self>, n_kv_blocks: u32) -> Result<Box<dyn Backend>, Error> {
-        Ok(Box::new(Rank::new(*self, n_kv_blocks as usize)))
+        let rank = Rank::new(*self, n_kv_blocks as usize);
+        let no_memory =
+            |error| Error::Device { reason: format!("memory for the KV cache: {error}") };
+        Ok(Box::new(rank.map_err(no_memory)?))
     }
 }
 
@@ -92,7 +95,7 @@ struct Rank {
 }
 
 impl Rank {
-    fn new(loaded: Cpu, n_kv_blocks: usize) -> Self {
+    fn new(loaded: Cpu, n_kv_blocks: usize) -> std::io::Result<Self> {
         let Cpu { weights, options, isa, pool } = loaded;
         let program = &weights.program;
         let tokens = options.max_batch_tokens;
@@ -105,11 +108,12 @@ impl Rank {
             Some(cores) => Pool::on_cores(cores, options.spin),
             None => Pool::new(options.threads, options.spin),
         };
-        Self {
+        let caches = (0..program.n_layers).map(|_| new_cache()).collect::<std::io::Result<_>>()?;
+        Ok(Self {
             isa,
             pool,
             buffers,
-            caches: (0..program.n_layers).map(|_| new_cache()).collect(),
+            caches,
             activation: Activation::with_capacity(
                 tokens.max(options.max_sample_rows),
                 widest,
@@ -124,7 +128,7 @@ impl Rank {
             max_batch_tokens: tokens,
             max_sample_rows: options.max_sample_rows,
             weights,
-        }
+        })
     }
 }
 
