@@ -133,7 +133,8 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
     handle.leave()?;
     leading.join().map_err(|_| "the lead panicked")??;
     let mut gaps = gaps.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(gaps.split_off(gaps.len() / 10)) // the first are not warm
+    let n_cold = gaps.len() / 10;
+    Ok(gaps.split_off(n_cold))
 }
 
 fn spec(id: u64, sampling: &Sampling) -> Spec {

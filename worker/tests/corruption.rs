@@ -257,6 +257,7 @@ fn weights_that_are_not_finite_are_refused_at_load_by_tensor_row_and_block() {
             max_context: 1,
             kv_format: backend::KvFormat::F16,
             spin: false,
+            cores: Vec::new(),
         };
         let go_on = &mut |_, _| ControlFlow::Continue(());
         let loaded = backend::load(kind, &checkpoint, program, &options, go_on);

@@ -9,7 +9,7 @@ use std::cmp::Ordering;
 
 use evener_kernels::Isa;
 use evener_kernels::peaks::{STRETCH, at_least, best};
-use evener_kernels::softmax::{weigh, weight};
+use evener_kernels::softmax::weigh;
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,8 +54,11 @@ pub enum Error {
 #[derive(Debug, Default)]
 pub struct Scratch {
     candidates: Vec<Candidate>,
-    peaks: Vec<f32>,
-    /// Of a whole row, and their sum by stretch.
+    /// As integers of the same order.
+    peaks: Vec<i32>,
+    /// Logits of the candidates.
+    chosen: Vec<f32>,
+    /// Of a whole row, or of the candidates, and their sum by stretch.
     weights: Vec<f32>,
     sums: Vec<f64>,
 }
@@ -103,9 +106,11 @@ impl<'a> Row<'a> {
         }
         if n <= self.peaks.len() {
             peaks.clear();
-            peaks.extend_from_slice(self.peaks);
+            peaks.extend(self.peaks.iter().map(|peak| ordered(peak.to_bits() as i32)));
             // n logits are at least the n-th highest peak.
-            let (_, &mut least, _) = peaks.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a));
+            let at = peaks.len() - n;
+            let (_, &mut least, _) = peaks.select_nth_unstable(at);
+            let least = f32::from_bits(ordered(least) as u32);
             at_least(self.isa, self.logits, self.peaks, least, |token, logit| {
                 candidates.push(candidate(token as u32, logit));
             });
@@ -160,15 +165,21 @@ pub fn sample(row: &Row<'_>, sampling: &Sampling, position: u32, scratch: &mut S
     let uniform = uniform(sampling.seed, position);
     if top_k > 0 && top_k < n {
         row.likeliest(top_k, scratch);
+        let Scratch { candidates, chosen, weights, sums, .. } = scratch;
+        chosen.clear();
+        chosen.extend(candidates.iter().map(|candidate| candidate.logit));
+        weights.resize(top_k, 0.0);
+        sums.resize(top_k.div_ceil(STRETCH), 0.0);
+        weigh(row.isa, chosen, highest, scale, weights, sums);
         let mut total = 0.0;
-        for candidate in &mut scratch.candidates {
-            candidate.weight = weight(candidate.logit, highest, scale).into();
+        for (candidate, &weight) in candidates.iter_mut().zip(&*weights) {
+            candidate.weight = weight.into();
             total += candidate.weight;
         }
         if top_p < 1.0 {
-            total = keep_top_p(&mut scratch.candidates, top_p * total).unwrap_or(total);
+            total = keep_top_p(candidates, top_p * total).unwrap_or(total);
         }
-        return draw(&scratch.candidates, uniform * total);
+        return draw(candidates, uniform * total);
     }
     let Scratch { weights, sums, .. } = scratch;
     weights.resize(n, 0.0);
@@ -180,6 +191,11 @@ pub fn sample(row: &Row<'_>, sampling: &Sampling, position: u32, scratch: &mut S
         return draw(&scratch.candidates, uniform * total);
     }
     draw_of_all(weights, sums, uniform * total)
+}
+
+/// The bits of a float as an integer in the order of `f32::total_cmp`, and back.
+fn ordered(bits: i32) -> i32 {
+    bits ^ ((bits >> 31) as u32 >> 1) as i32
 }
 
 /// By logit downwards, of equals the lower id first: a total order, so sorting has one result.
@@ -299,6 +315,7 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 mod tests {
     use super::*;
     use evener_kernels::peaks::{n_peaks, peaks_of};
+    use evener_kernels::softmax::weight;
 
     fn peaks(logits: &[f32]) -> Vec<f32> {
         let mut peaks = vec![0.0; n_peaks(logits.len())];
