@@ -31,6 +31,23 @@ the time to the first token includes the whole HTTP path and the prompt.";
 #[serde(rename_all = "kebab-case")]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
+    /// PATH or NAME of a GGUF file; may be repeated.
+    #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME", value_delimiter = ',')]
+    model: Vec<String>,
+    /// Shape of a model of random weights, without a file: llama-tiny, llama-1b, llama-8b or
+    /// llama-70b; may be repeated.
+    #[arg(long, env = "EVENER_SYNTHETIC", value_name = "SHAPE", value_delimiter = ',')]
+    synthetic: Vec<String>,
+    /// Format of its weights, one or several: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k,
+    /// q5_k, q6_k, or q4_k_m, the mixture of that name.
+    #[arg(
+        long,
+        env = "EVENER_FORMAT",
+        value_name = "FORMAT,...",
+        value_delimiter = ',',
+        default_value = "q4_k_m"
+    )]
+    format: Vec<String>,
     #[command(flatten)]
     #[serde(flatten)]
     shape: Shape,
@@ -100,7 +117,12 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let n_threads_of = |plan: &Plan| plan.threads * plan.shares.len();
     let any_port = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    let plan = Plan::check(&options.shape, any_port)?;
+    let mut models = options.model.clone();
+    for shape in &options.synthetic {
+        models.extend(options.format.iter().map(|format| format!("synthetic:{shape}:{format}")));
+    }
+    let [model] = models.as_slice() else { bail!("name one model") };
+    let plan = Plan::check(model, None, &options.shape, any_port)?;
     let n_threads = n_threads_of(&plan);
     eprintln!("Measuring this machine's memory ...");
     let read_bandwidth_1 = bandwidth::read_bandwidth(1);

@@ -45,11 +45,17 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn check(shape: &Shape, listen: SocketAddr) -> anyhow::Result<Self> {
+    /// `model` as people type it; `name` if it is to be served under another than its own.
+    pub fn check(
+        model: &str,
+        name: Option<&str>,
+        shape: &Shape,
+        listen: SocketAddr,
+    ) -> anyhow::Result<Self> {
         let shares = shares(shape)?;
         let threads = threads(shape, shares.len())?;
-        let model = models::resolve(&shape.model)?;
-        let name = models::served_name(&model, shape.name.as_deref())?;
+        let model = models::resolve(model)?;
+        let name = models::served_name(&model, name)?;
         let checkpoint = Checkpoint::open(&model).context("the model cannot be served")?;
         let split = shard::split(&checkpoint.config, &shares)?;
         let weight_bytes = (0..shares.len())
