@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde_json::json;
 
 pub use cluster::{Cluster, Started};
-pub use preflight::Plan;
+pub use preflight::{Plan, available_memory};
 pub use progress::Progress;
 
 use crate::client::Sampling;

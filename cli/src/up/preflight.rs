@@ -166,7 +166,7 @@ fn check_memory(
 }
 
 /// Bytes that new processes can use: the kernel's estimate, within this control group's limit.
-fn available_memory() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let machine = meminfo.lines().find_map(|line| {
         let kib = line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?;

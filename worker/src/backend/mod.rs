@@ -13,6 +13,8 @@ use crate::model::program::Program;
 mod cpu;
 mod reference;
 
+pub(crate) use cpu::PRECISION as CPU_PRECISION;
+
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
 

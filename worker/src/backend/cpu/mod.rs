@@ -29,7 +29,7 @@ const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
 /// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses
 /// another token than exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16
 /// both vanish, for twice the multiplications.
-const PRECISION: Precision = Precision::Int12;
+pub(crate) const PRECISION: Precision = Precision::Int12;
 
 /// A rank's packed weights.
 pub struct Cpu {
