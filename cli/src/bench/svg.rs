@@ -131,12 +131,13 @@ impl Axes {
             [Self::x_at(ends[0]), self.y_at(ends[1]), Self::x_at(ends[2]), self.y_at(ends[3])];
         line(svg, ends, "#333", 2.0);
         let name = format!("memory {:.1} GB/s", ceilings.read_best / 1e9);
-        text(svg, [ends[0] + 8.0, ends[1] - 14.0], "start", 12, &name);
+        let middle = [(ends[0] + ends[2]) / 2.0 - 8.0, (ends[1] + ends[3]) / 2.0 - 8.0];
+        text(svg, middle, "end", 12, &name);
         for peak in &ceilings.peaks {
             let y = self.y_at(peak.ops_per_s);
             line(svg, [Self::x_at(bend(peak.ops_per_s)), y, PLOT[2], y], "#333", 1.5);
             let name = format!("{} {} {:.2}", peak.kind, peak.instruction, peak.ops_per_s / 1e12);
-            text(svg, [PLOT[2] - 4.0, y - 5.0], "end", 12, &name);
+            text(svg, [PLOT[2] - 4.0, y - 4.0], "end", 11, &name);
         }
     }
 

@@ -1,7 +1,7 @@
 //! The report as text for people, within a hundred columns.
 
 use super::llama_cpp::{Pair, Rates};
-use super::report::{AllReduce, Kernel, Laid, Machine, Model, Report};
+use super::report::{AllReduce, Ceilings, Kernel, Laid, Machine, Model, Report};
 use crate::table::Table;
 use crate::values::Bytes;
 
@@ -33,17 +33,23 @@ fn percent(share: f64) -> String {
 fn machine(machine: &Machine) -> String {
     let Machine { cpu, n_cores, isa, threads } = machine;
     let mut out = format!("{cpu}, {n_cores} cores, kernels for {isa}\n\n");
-    out += "Ceilings: memory read (GB/s, best and median of several passes), arithmetic (TOPS)\n";
-    let instructions = threads.first().map(|one| one.peaks.as_slice()).unwrap_or_default();
-    let names: Vec<String> =
-        instructions.iter().map(|peak| format!("{} {}", peak.kind, peak.instruction)).collect();
-    let mut header = vec!["threads", "read best", "median"];
+    out += "Ceilings: memory read in GB/s, arithmetic in TOPS\n";
+    let names: Vec<String> = threads.iter().map(|one| format!("{} thr.", one.n_threads)).collect();
+    let mut header = vec!["", "of"];
     header.extend(names.iter().map(String::as_str));
     let mut table = Table::new(&header);
-    for one in threads {
-        let mut row = vec![one.n_threads.to_string(), giga(one.read_best), giga(one.read_median)];
-        row.extend(one.peaks.iter().map(|peak| tera(peak.ops_per_s)));
-        table.row(row);
+    let mut row = |kind: &str, what: &str, cell: &dyn Fn(&Ceilings) -> String| {
+        let mut cells = vec![kind.to_owned(), what.to_owned()];
+        cells.extend(threads.iter().map(cell));
+        table.row(cells);
+    };
+    row("memory", "best", &|one| giga(one.read_best));
+    row("", "median", &|one| giga(one.read_median));
+    let instructions = threads.first().map(|one| one.peaks.as_slice()).unwrap_or_default();
+    for (i, peak) in instructions.iter().enumerate() {
+        row(peak.kind, peak.instruction, &|one| {
+            one.peaks.get(i).map_or("-".to_owned(), |peak| tera(peak.ops_per_s))
+        });
     }
     out + &table.render("nothing was measured")
 }
@@ -270,7 +276,7 @@ pub(super) mod tests {
         let text = render(&report());
         for expected in [
             "a processor, 2 cores",
-            "int8 vpdpbusd",
+            "int8    vpdpbusd",
             "2.5 / 9.0",
             "50.0 1.00",
             "3 of 16 layers",

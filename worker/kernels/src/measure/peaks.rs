@@ -7,9 +7,9 @@ use std::time::Instant;
 use crate::isa::Isa;
 use crate::pool::Pool;
 
-/// Rounds of one measurement; about 20 ms.
-const ROUNDS: usize = 1 << 20;
-const N_MEASUREMENTS: usize = 15;
+/// Of one measurement: long beside starting threads, short beside the system's time slices.
+const MIN_SECONDS: f64 = 1e-3;
+const N_MEASUREMENTS: usize = 100;
 
 /// What is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,14 +60,16 @@ pub fn measure(n_threads: usize) -> Vec<Peak> {
 
 fn measure_loop(pool: &mut Pool, one: Loop) -> Peak {
     let n_threads = pool.n_threads();
-    // About the time that 64 operations a round take on the slowest of them.
-    let rounds = ROUNDS * 1024 / one.ops_per_round.max(1024);
-    let mut best = f64::INFINITY;
-    for _ in 0..N_MEASUREMENTS {
+    let mut time = |rounds: usize| {
         let start = Instant::now();
         pool.run(&|_| (one.run)(rounds));
-        best = best.min(start.elapsed().as_secs_f64());
+        start.elapsed().as_secs_f64()
+    };
+    let mut rounds = 1024;
+    while time(rounds) < MIN_SECONDS {
+        rounds *= 2;
     }
+    let best = (0..N_MEASUREMENTS).map(|_| time(rounds)).fold(f64::INFINITY, f64::min);
     let ops = (rounds * one.ops_per_round * n_threads) as f64;
     let Loop { kind, instruction, .. } = one;
     Peak { kind, instruction, n_threads, ops_per_s: ops / best }
@@ -167,14 +169,8 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     fn bf16_avx512(rounds: usize) {
-        let one = _mm512_cvtneps_pbh(_mm512_set1_ps(1e-3));
-        let factor = _mm512_castsi256_si512(
-            // SAFETY: both are 256 plain bits.
-            unsafe { std::mem::transmute::<__m256bh, __m256i>(one) },
-        );
-        let factor = _mm512_inserti64x4::<1>(factor, _mm512_castsi512_si256(factor));
-        // SAFETY: both are 512 plain bits.
-        let factor = unsafe { std::mem::transmute::<__m512i, __m512bh>(factor) };
+        let small = _mm512_set1_ps(1e-3);
+        let factor = _mm512_cvtne2ps_pbh(small, small);
         let (a, b) = black_box((factor, factor));
         let mut acc = [_mm512_setzero_ps(); CHAINS];
         for _ in 0..rounds {
