@@ -123,7 +123,7 @@ mod x86 {
         };
         let mut loops = Vec::new();
         if isa == Isa::Avx2 {
-            // SAFETY (both): `Isa::detect` saw AVX2 and FMA.
+            // SAFETY: `Isa::detect` saw AVX2 and FMA.
             let int8 = |rounds| unsafe { int8_avx2(rounds) };
             // SAFETY: as above.
             let f32 = |rounds| unsafe { f32_avx2(rounds) };
