@@ -329,7 +329,8 @@ impl Bench<'_> {
         let llama_cpp = self.pairs(&mut engine).await?;
         let view = View::read(&cluster.client.status().await?)?;
         let lead = view.groups.iter().find_map(|group| group.members.first());
-        let backend = view.workers.first().map(|worker| worker.device.backend.clone());
+        let device = view.workers.first().map(|worker| worker.device.backend.clone());
+        let backend = lead.and_then(|lead| lead.backend.clone()).or(device);
         Ok(Laid {
             split: self.split.to_string(),
             n_ranks: self.split.shares.len(),
