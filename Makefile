@@ -4,7 +4,7 @@
 #   make smoke   the same, but end after the answer
 #   make test    everything that must hold: format, lints, tests of all parts and of the whole system, docs
 #   make check   make test, and cargo-deny where it is installed
-#   make bench   decode speed and latency of a two-worker cluster on this machine
+#   make bench   speed of kernels, links and models beside this machine's ceilings; about ten minutes
 #
 # Needed: a Rust toolchain, Python 3 with pip, a C compiler, and the network for what is fetched once into .cache/.
 
@@ -79,7 +79,8 @@ deny:
 	fi
 
 bench: model release
-	$(EVENER) bench --model $(MODEL) --workers 2 --threads 1 $(ARGS)
+	$(EVENER) bench --model $(MODEL) --synthetic llama-1b --format q4_0,q4_k_m,q8_0,bf16 --kernels \
+	    --svg $(dir $(EVENER))roofline.svg $(ARGS)
 
 clean:
 	$(CARGO) clean

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use evener_proto::ids::ModelName;
+use evener_worker::checkpoint::synthetic;
 
 /// Directories searched for a model that is named and not given as a path: `EVENER_MODELS`
 /// (separated by colons), then `.cache/models` here, where `make run` keeps the demo model.
@@ -16,8 +17,12 @@ fn directories() -> Vec<PathBuf> {
     dirs
 }
 
-/// The file that `--model` means.
+/// The file that `--model` means, or the name of a synthetic model as it is.
 pub fn resolve(model: &str) -> anyhow::Result<PathBuf> {
+    if model.starts_with(synthetic::SCHEME) {
+        let spec: synthetic::Spec = model.parse()?;
+        return Ok(PathBuf::from(spec.to_string()));
+    }
     resolve_in(model, &directories())
 }
 
@@ -85,9 +90,11 @@ fn listing(dirs: &[PathBuf]) -> Vec<PathBuf> {
     files
 }
 
-/// The name a file is served under: `name` if given, else the file's stem.
+/// The name a file is served under: `name` if given, else the file's stem, else what says which
+/// synthetic model it is.
 pub fn served_name(file: &Path, name: Option<&str>) -> anyhow::Result<ModelName> {
-    let stem = stem(file);
+    let synthetic = file.to_str().and_then(|name| name.strip_prefix(synthetic::SCHEME));
+    let stem = synthetic.map_or_else(|| stem(file), |name| name.replace(':', "."));
     ModelName::parse(name.unwrap_or(&stem)).with_context(|| {
         format!("{} cannot be served under that name; choose one with --name", file.display())
     })
@@ -111,6 +118,14 @@ mod tests {
         assert!(resolve("A").unwrap_err().contains("A.Q4_1, A.Q8_0"));
         assert!(resolve("C").unwrap_err().contains("hold A.Q4_1, A.Q8_0, B-1"));
         assert!(resolve("x/y.gguf").unwrap_err().contains("does not exist"));
+    }
+
+    #[test]
+    fn a_synthetic_model_is_named_and_not_looked_for() {
+        let path = super::resolve("synthetic:llama-1b:Q4_0:3").unwrap();
+        assert_eq!(path, Path::new("synthetic:llama-1b:q4_0:3"));
+        assert_eq!(served_name(&path, None).unwrap().as_str(), "llama-1b.q4_0.3");
+        assert!(super::resolve("synthetic:llama-1b").is_err());
     }
 
     #[test]

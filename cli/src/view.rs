@@ -79,6 +79,8 @@ pub struct Group {
 #[serde(default)]
 pub struct Member {
     pub worker: String,
+    /// host:port at which it answers coordinators.
+    pub address: String,
     /// By peer rank.
     pub links: Vec<String>,
     /// While it joins: "connecting", "loading", ...

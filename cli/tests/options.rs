@@ -52,8 +52,12 @@ fn flags_win_over_environment_and_environment_over_the_file() {
 
 #[test]
 fn what_is_printed_can_be_read_again() {
-    let verbs: [&[&str]; 3] =
-        [&["up", "--model", "m", "--shares", "2:1", "--memory", "1GiB"], &["status"], &["chat"]];
+    let verbs: [&[&str]; 4] = [
+        &["up", "--model", "m", "--shares", "2:1", "--memory", "1GiB"],
+        &["status"],
+        &["chat"],
+        &["bench", "--synthetic", "llama-1b", "--format", "q4_0,bf16", "--split", "1x2,2x1/tcp"],
+    ];
     for verb in verbs {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("evener.toml");
@@ -76,6 +80,9 @@ fn refusals_are_one_sentence_and_not_zero() {
         (vec!["status", "--url", "https://example.org"], "http:// only"),
         (vec!["worker", "--model", "/nowhere.gguf"], "does not exist"),
         (vec!["up", "--config", "/nowhere.toml"], "cannot be read"),
+        (vec!["up", "--model", "synthetic:llama-1b:q3"], "there are f32"),
+        (vec!["bench"], "nothing to measure"),
+        (vec!["bench", "--model", "/nowhere.gguf"], "does not exist"),
     ] {
         let output = evener(&args, &[]);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -8,6 +8,7 @@ pub mod config;
 pub mod engine;
 pub mod epoch;
 pub mod host;
+pub mod measure;
 pub mod metrics;
 pub mod model;
 pub mod registration;

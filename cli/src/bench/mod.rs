@@ -1,305 +1,466 @@
-//! `evener bench`: how fast a cluster on this machine answers, through the whole HTTP path, and how
-//! near that is to what its memory allows.
+//! `evener bench`: how fast models run on this machine in several layouts, each beside what its
+//! memory and arithmetic allow at most.
 //!
-//! Decoding one stream reads every weight once a token, so tokens per second times weight bytes is
-//! the memory traffic that the figure implies.
+//! Decoding one sequence reads every weight once a token; a prompt multiplies every weight with
+//! every token. What the machine reads and multiplies at most is measured in the same run.
 
-mod bandwidth;
+mod engine;
+mod http;
+mod llama_cpp;
+mod machine;
+mod report;
+mod split;
+mod subject;
+mod svg;
+mod tables;
 
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use futures::future::try_join_all;
+use evener_worker::checkpoint::synthetic;
+use evener_worker::measure::Buffer;
 use serde::Serialize;
-use serde_json::json;
 
-use crate::client::{Client, Event, Sampling};
 use crate::signals::Signals;
-use crate::table::Table;
 use crate::up::{Cluster, Plan, Progress, Shape, Started};
 use crate::view::View;
+use engine::Engine;
+use llama_cpp::{Pair, Rates};
+use report::{Ceilings, Laid, Machine, Model, Report, Work};
+use split::Split;
+use subject::Subject;
 
 const EXAMPLES: &str = "Examples:
-  evener bench --model model.gguf --workers 2 --threads 1
+  evener bench --synthetic llama-1b --format q4_0,q8_0
+  evener bench --model model.gguf --split 1x2,2x1/shm --svg roofline.svg
   evener bench --model model.gguf --shares 2:1 --concurrency 1,4,8 --json
+  evener bench --model model.gguf --compare-llama-cpp ~/llama.cpp/llama-bench
+  evener bench --kernels
 
-Decode is measured from the first to the last token of a streamed completion at temperature 0;
-the time to the first token includes the whole HTTP path and the prompt.";
+Engine figures come from sequences submitted to the group's lead; those through HTTP from streamed
+completions at temperature 0. docs/bench.md says what each figure means.";
+
+/// Sequences that a lead runs at once by default.
+const MAX_BATCH: usize = 32;
+/// Tokens of a prompt that one step takes by default.
+const MAX_PREFILL: usize = 16_384;
+/// Tokens that llama-bench generates for one pair.
+const PAIR_TOKENS: usize = 64;
 
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
+    /// PATH or NAME of a GGUF file; several with commas.
+    #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME", value_delimiter = ',')]
+    model: Vec<String>,
+    /// Shape of a model of random weights, without a file: llama-tiny, llama-1b, llama-8b or
+    /// llama-70b, with as many layers as memory holds; several with commas.
+    #[arg(
+        long,
+        env = "EVENER_SYNTHETIC",
+        value_name = "SHAPE",
+        value_delimiter = ',',
+        value_parser = shape_name
+    )]
+    synthetic: Vec<String>,
+    /// Format of its weights, one or several: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k,
+    /// q5_k, q6_k, or q4_k_m, the mixture of that name.
+    #[arg(
+        long,
+        env = "EVENER_FORMAT",
+        value_name = "FORMAT",
+        value_delimiter = ',',
+        value_parser = format_name,
+        default_value = "q4_k_m"
+    )]
+    format: Vec<String>,
+    /// Layers of it; default: all, or as many as memory holds.
+    #[arg(long, env = "EVENER_LAYERS", value_name = "N")]
+    layers: Option<usize>,
+    /// Write the one synthetic model to this GGUF file, and measure that.
+    #[arg(long, env = "EVENER_SAVE", value_name = "FILE")]
+    save: Option<PathBuf>,
+    /// Layouts to measure: RANKSxTHREADS or RANKSxTHREADS/TRANSPORT; default: the one that
+    /// --workers, --shares, --threads and --transport describe, or, without them, one rank with
+    /// all cores and two ranks over shm and over tcp.
+    #[arg(long, env = "EVENER_SPLIT", value_name = "SPLIT", value_delimiter = ',')]
+    split: Vec<Split>,
     #[command(flatten)]
     #[serde(flatten)]
     shape: Shape,
-    /// Tokens of each prompt, about.
-    #[arg(long, env = "EVENER_PROMPT_TOKENS", value_name = "N", default_value_t = 64)]
-    prompt_tokens: u32,
-    /// Tokens of each answer.
-    #[arg(long, env = "EVENER_TOKENS", value_name = "N", default_value_t = 256)]
-    tokens: u32,
-    /// Measured runs of each kind, after one that is not counted.
-    #[arg(long, env = "EVENER_RUNS", value_name = "N", default_value_t = 5)]
-    runs: u32,
-    /// Streams at once, one kind of run each.
+    /// Tokens of the prompt whose prefill is timed.
+    #[arg(long, env = "EVENER_PREFILL", value_name = "N", default_value_t = 512)]
+    prefill: usize,
+    /// Sequences at once in each timing of decode.
     #[arg(
         long,
-        env = "EVENER_CONCURRENCY",
-        value_name = "N,...",
+        env = "EVENER_BATCHES",
+        value_name = "N",
         value_delimiter = ',',
-        default_value = "1"
+        default_value = "1,4,8,16,32"
     )]
+    batches: Vec<usize>,
+    /// Tokens in each sequence's cache when its decode begins.
+    #[arg(long, env = "EVENER_CONTEXT", value_name = "N", default_value_t = 16)]
+    context: usize,
+    /// Steps of decode in one timing.
+    #[arg(long, env = "EVENER_STEPS", value_name = "N", default_value_t = 48)]
+    steps: usize,
+    /// Timings of each kind, after one that is not counted.
+    #[arg(long, env = "EVENER_RUNS", value_name = "N", default_value_t = 3)]
+    runs: u32,
+    /// HTTP streams at once, one kind of run each; default: 1 for files, none for synthetic models.
+    #[arg(long, env = "EVENER_CONCURRENCY", value_name = "N", value_delimiter = ',')]
     concurrency: Vec<usize>,
+    /// Tokens of the prompt of an HTTP stream, about.
+    #[arg(long, env = "EVENER_PROMPT_TOKENS", value_name = "N", default_value_t = 64)]
+    prompt_tokens: u32,
+    /// Tokens of the answer of an HTTP stream.
+    #[arg(long, env = "EVENER_TOKENS", value_name = "N", default_value_t = 128)]
+    tokens: u32,
+    /// Measure linear layers alone too, in every format.
+    #[arg(long, env = "EVENER_KERNELS")]
+    kernels: bool,
+    /// Run this llama-bench on the same file in turn with ours, and print the ratios.
+    #[arg(long, env = "EVENER_COMPARE_LLAMA_CPP", value_name = "PATH_TO_BENCH")]
+    compare_llama_cpp: Option<PathBuf>,
+    /// Draw a roofline plot into this file.
+    #[arg(long, env = "EVENER_SVG", value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Print JSON instead of tables.
     #[arg(long)]
     json: bool,
 }
 
-/// Everything measured.
-#[derive(Debug, Serialize)]
-struct Report {
-    model: String,
-    shares: Vec<u32>,
-    threads_per_worker: usize,
-    backend: String,
-    /// Bytes of weights over all ranks.
-    weight_bytes: u64,
-    /// Bytes per second read from memory by one thread, and by as many as the workers have.
-    read_bandwidth_1: f64,
-    n_threads: usize,
-    read_bandwidth_n: f64,
-    results: Vec<Outcome>,
+fn shape_name(text: &str) -> Result<String, synthetic::Error> {
+    text.parse::<synthetic::Shape>().map(|shape| shape.name.to_owned())
 }
 
-#[derive(Debug, Serialize)]
-struct Outcome {
-    concurrency: usize,
-    /// Tokens per second of all streams together.
-    decode_tok_s: Spread,
-    /// Milliseconds.
-    time_to_first_token_ms: Spread,
-    /// Tokens that were generated in a stream, of those asked for.
-    tokens: Spread,
-    /// Tokens that the prompts turned out to have.
-    prompt_tokens: Spread,
-}
-
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
+fn format_name(text: &str) -> Result<String, synthetic::Error> {
+    text.parse::<synthetic::Mix>().map(|mix| mix.to_string())
 }
 
 pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
-    if options.runs == 0 || options.tokens < 2 || options.concurrency.contains(&0) {
-        bail!("--runs and --concurrency must be at least 1 and --tokens at least 2");
+    options.check()?;
+    let subjects = options.subjects()?;
+    let splits = options.splits();
+    // Refused before minutes are spent on measuring.
+    for subject in &subjects {
+        for split in &splits {
+            options.plan(subject, split)?;
+        }
     }
     let mut signals = Signals::listen()?;
-    let n_threads_of = |plan: &Plan| plan.threads * plan.shares.len();
-    let any_port = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    let plan = Plan::check(&options.shape, any_port)?;
-    let n_threads = n_threads_of(&plan);
-    eprintln!("Measuring this machine's memory ...");
-    let read_bandwidth_1 = bandwidth::read_bandwidth(1);
-    let read_bandwidth_n =
-        if n_threads == 1 { read_bandwidth_1 } else { bandwidth::read_bandwidth(n_threads) };
+    let mut n_threads: Vec<usize> = splits.iter().map(Split::n_threads).chain([1]).collect();
+    n_threads.sort_unstable();
+    n_threads.dedup();
+    let mut report = measure_machine(&options, &n_threads)?;
+    for subject in &subjects {
+        let mut model = Model {
+            model: subject.model.clone(),
+            quantization: subject.quantization.clone(),
+            note: subject.note.clone(),
+            step_bytes: subject.demand.step_bytes,
+            weights: subject.demand.layer_weights + subject.demand.head_weights,
+            splits: Vec::new(),
+        };
+        if let Some(note) = &subject.note {
+            eprintln!("{}: {note}", subject.model);
+        }
+        for split in &splits {
+            let bench = Bench { options: &options, subject, split, machine: &report.machine };
+            model.splits.push(bench.run(log, &mut signals).await?);
+        }
+        report.models.push(model);
+    }
+    show(&options, &report)
+}
 
-    let mut progress = Progress::new(&plan);
-    let mut cluster = match Cluster::start(&plan, log, &mut signals, &mut progress).await? {
-        Started::Ready(cluster) => cluster,
-        Started::Interrupted => bail!("stopped before anything was measured"),
-    };
-    progress.finish();
-    let measured = tokio::select! {
-        measured = measure(&options, &cluster.client, cluster.model.as_str()) => measured,
-        () = signals.next() => Err(anyhow::anyhow!("stopped before everything was measured")),
-    };
-    let status = cluster.client.status().await;
-    cluster.stop(&mut signals).await?;
-    let (results, view) = (measured?, View::read(&status?)?);
-    let report = Report {
-        model: plan.name.to_string(),
-        shares: plan.shares.clone(),
-        threads_per_worker: plan.threads,
-        backend: view.workers.first().map_or_else(String::new, |w| w.device.backend.clone()),
-        weight_bytes: view.workers.iter().map(|w| w.resident_weight_bytes).sum(),
-        read_bandwidth_1,
-        n_threads,
-        read_bandwidth_n,
-        results,
-    };
+/// All but the models. The buffer is gone before they are loaded.
+fn measure_machine(options: &Options, n_threads: &[usize]) -> anyhow::Result<Report> {
+    let buffer = Buffer::new();
+    let most = n_threads.last().copied().unwrap_or(1);
+    Ok(Report {
+        version: env!("CARGO_PKG_VERSION"),
+        machine: machine::measure(n_threads, &buffer),
+        all_reduce: machine::all_reduce()?,
+        kernels: if options.kernels { machine::kernels(most, &buffer) } else { Vec::new() },
+        models: Vec::new(),
+    })
+}
+
+fn show(options: &Options, report: &Report) -> anyhow::Result<()> {
+    if let Some(path) = &options.svg {
+        let svg = svg::render(report).context("there is nothing to draw")?;
+        std::fs::write(path, svg)
+            .with_context(|| format!("the plot cannot be written to {}", path.display()))?;
+    }
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        println!("{}", serde_json::to_string_pretty(report)?);
     } else {
-        print!("{}", render(&report));
+        print!("{}", tables::render(report));
     }
     Ok(())
 }
 
-async fn measure(options: &Options, client: &Client, model: &str) -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
-    for &concurrency in &options.concurrency {
-        let (mut rates, mut firsts) = (Vec::new(), Vec::new());
-        let (mut counts, mut prompts) = (Vec::new(), Vec::new());
-        for run in 0..=options.runs {
-            let streams = (0..concurrency).map(|i| stream(options, client, model, i));
-            let timings = try_join_all(streams).await?;
-            if run == 0 {
-                continue;
-            }
-            rates.push(rate(&timings)?);
-            firsts.extend(timings.iter().map(|t| t.to_first.as_secs_f64() * 1e3));
-            counts.extend(timings.iter().map(|t| t.tokens as f64));
-            prompts.extend(timings.iter().map(|t| t.prompt_tokens as f64));
-            eprintln!("{concurrency} at once, run {run}: {:.1} tok/s", rates[rates.len() - 1]);
+impl Options {
+    fn check(&self) -> anyhow::Result<()> {
+        if self.runs == 0 || self.tokens < 2 || self.concurrency.contains(&0) {
+            bail!("--runs and --concurrency must be at least 1 and --tokens at least 2");
         }
-        outcomes.push(Outcome {
-            concurrency,
-            decode_tok_s: Spread::of(rates),
-            time_to_first_token_ms: Spread::of(firsts),
-            tokens: Spread::of(counts),
-            prompt_tokens: Spread::of(prompts),
-        });
+        if self.steps < 2 || self.context == 0 {
+            bail!("--steps must be at least 2 and --context at least 1");
+        }
+        if !(1..=MAX_PREFILL).contains(&self.prefill) {
+            bail!("--prefill {} cannot be timed; 1 to {MAX_PREFILL} tokens can", self.prefill);
+        }
+        if let Some(n) = self.batches.iter().find(|n| !(1..=MAX_BATCH).contains(*n)) {
+            bail!("--batches {n} cannot run at once; 1 to {MAX_BATCH} sequences can");
+        }
+        if self.save.is_some() && (self.synthetic.len(), self.format.len()) != (1, 1) {
+            bail!("--save writes one model; name one --synthetic shape and one --format");
+        }
+        if self.compare_llama_cpp.is_some() && !self.synthetic.is_empty() && self.save.is_none() {
+            bail!(
+                "--compare-llama-cpp needs a file, and a synthetic model has none; give --save \
+                 FILE to make one of it"
+            );
+        }
+        Ok(())
     }
-    Ok(outcomes)
-}
 
-struct Timing {
-    to_first: Duration,
-    first: Instant,
-    last: Instant,
-    tokens: u64,
-    prompt_tokens: u64,
-}
-
-/// One streamed completion.
-async fn stream(
-    options: &Options,
-    client: &Client,
-    model: &str,
-    nth: usize,
-) -> anyhow::Result<Timing> {
-    // One word over and over: about one token each, another word for each stream, and a model at
-    // temperature 0 goes on with it for as long as it may.
-    const WORDS: [&str; 8] = [" la", " ha", " no", " go", " so", " do", " me", " we"];
-    let prompt = WORDS[nth % WORDS.len()].repeat(options.prompt_tokens as usize);
-    let sampling = Sampling {
-        temperature: Some(0.0),
-        max_tokens: Some(options.tokens),
-        ..Sampling::default()
-    };
-    let start = Instant::now();
-    let mut answer = client.complete(model, &json!(prompt), &sampling).await?;
-    let (mut first, mut last, mut tokens, mut prompt_tokens) = (None, start, 0, 0);
-    while let Some(events) = answer.next().await? {
-        let now = Instant::now();
-        for event in events {
-            match event {
-                Event::Text(_) => {
-                    first.get_or_insert(now);
-                    last = now;
-                }
-                Event::Finish(_) => last = now,
-                Event::Usage { prompt, completion } => {
-                    (prompt_tokens, tokens) = (prompt, completion)
-                }
+    fn subjects(&self) -> anyhow::Result<Vec<Subject>> {
+        if self.kernels && self.model.is_empty() && self.synthetic.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut subjects = subject::all(&self.model, &self.synthetic, &self.format, self.layers)?;
+        if let (Some(path), Some(subject)) = (&self.save, subjects.last_mut()) {
+            subject.save(path.clone())?;
+        }
+        for subject in &subjects {
+            let longest = self.prefill.max(self.context + self.steps + 1) + 1;
+            if longest > subject.context_length {
+                bail!(
+                    "{} takes {} tokens; --prefill or --context and --steps ask for {longest}",
+                    subject.model,
+                    subject.context_length
+                );
             }
         }
+        Ok(subjects)
     }
-    let first = first.context("a stream brought no token")?;
-    Ok(Timing { to_first: first - start, first, last, tokens, prompt_tokens })
+
+    fn splits(&self) -> Vec<Split> {
+        if !self.split.is_empty() {
+            return self.split.clone();
+        }
+        let Shape { workers, shares, threads, transport, .. } = &self.shape;
+        let is_standard = workers.is_none()
+            && shares.is_none()
+            && threads.is_none()
+            && *transport == crate::values::Transport::Auto;
+        let n_cores = machine::n_cores();
+        if is_standard {
+            return split::standard(n_cores);
+        }
+        let shares = match shares {
+            Some(shares) => shares.0.clone(),
+            None => vec![1; workers.unwrap_or(2)],
+        };
+        let threads = threads.unwrap_or((n_cores / shares.len().max(1)).max(1));
+        vec![Split { shares, threads, transport: *transport }]
+    }
+
+    fn plan(&self, subject: &Subject, split: &Split) -> anyhow::Result<Plan> {
+        let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+        Plan::check(&subject.model, None, &split.of(&self.shape), any_port)
+    }
+
+    fn http(&self, subject: &Subject) -> http::Options {
+        let default = if subject.file.is_some() { vec![1] } else { Vec::new() };
+        let asked = !self.concurrency.is_empty();
+        http::Options {
+            concurrency: if asked { self.concurrency.clone() } else { default },
+            prompt_tokens: self.prompt_tokens,
+            tokens: self.tokens,
+            runs: self.runs,
+        }
+    }
 }
 
-/// Tokens per second of all streams together, between the first token of any and the last of all.
-fn rate(timings: &[Timing]) -> anyhow::Result<f64> {
-    let first = timings.iter().map(|t| t.first).min().context("no stream was run")?;
-    let last = timings.iter().map(|t| t.last).max().context("no stream was run")?;
-    // The first token of each stream comes out of its prompt, not of a decoding step.
-    let tokens: u64 = timings.iter().map(|t| t.tokens.saturating_sub(1)).sum();
-    if tokens == 0 {
-        bail!("the model ended its answers at once; there is nothing to measure");
-    }
-    Ok(tokens as f64 / (last - first).as_secs_f64().max(1e-9))
+/// One model in one layout.
+struct Bench<'a> {
+    options: &'a Options,
+    subject: &'a Subject,
+    split: &'a Split,
+    machine: &'a Machine,
 }
 
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let (n, max) = (values.len(), values.last().copied().unwrap_or(0.0));
-        Self { median: values[n / 2], min: values[0], max }
+impl Bench<'_> {
+    async fn run(&self, log: &str, signals: &mut Signals) -> anyhow::Result<Laid> {
+        let plan = self.options.plan(self.subject, self.split)?;
+        let mut progress = Progress::new(&plan);
+        let start = Instant::now();
+        let mut cluster = match Cluster::start(&plan, log, signals, &mut progress).await? {
+            Started::Ready(cluster) => cluster,
+            Started::Interrupted => bail!("stopped before anything was measured"),
+        };
+        let ready_s = start.elapsed().as_secs_f64();
+        progress.finish();
+        let measured = tokio::select! {
+            measured = self.measure(&cluster, ready_s) => measured,
+            () = signals.next() => Err(anyhow::anyhow!("stopped before all was measured")),
+        };
+        cluster.stop(signals).await?;
+        measured
     }
 
-    fn show(&self) -> String {
-        format!("{:.1} ({:.1} to {:.1})", self.median, self.min, self.max)
+    async fn measure(&self, cluster: &Cluster, ready_s: f64) -> anyhow::Result<Laid> {
+        let (options, subject) = (self.options, self.subject);
+        let view = View::read(&cluster.client.status().await?)?;
+        let mut engine = Engine::connect(&view, subject.vocab).await?;
+        let work = self.work(&mut engine).await?;
+        let model = cluster.model.as_str();
+        let http = http::measure(&options.http(subject), &cluster.client, model).await?;
+        let llama_cpp = self.pairs(&mut engine).await?;
+        let view = View::read(&cluster.client.status().await?)?;
+        let lead = view.groups.iter().find_map(|group| group.members.first());
+        let device = view.workers.first().map(|worker| worker.device.backend.clone());
+        let backend = lead.and_then(|lead| lead.backend.clone()).or(device);
+        Ok(Laid {
+            split: self.split.to_string(),
+            n_ranks: self.split.shares.len(),
+            threads_per_rank: self.split.threads,
+            backend: backend.unwrap_or_default(),
+            links: lead.map(|lead| lead.links.clone()).unwrap_or_default(),
+            resident_weight_bytes: view.workers.iter().map(|w| w.resident_weight_bytes).sum(),
+            ready_s,
+            work,
+            http,
+            llama_cpp,
+        })
     }
-}
 
-fn render(report: &Report) -> String {
-    let gb = |bytes: f64| format!("{:.1} GB/s", bytes / 1e9);
-    let shares: Vec<String> = report.shares.iter().map(u32::to_string).collect();
-    let mut out = format!(
-        "{}, shares {}, {} thread(s) a worker, backend {}\n\
-         memory read: {} with 1 thread, {} with {}\n\n",
-        report.model,
-        shares.join(":"),
-        report.threads_per_worker,
-        report.backend,
-        gb(report.read_bandwidth_1),
-        gb(report.read_bandwidth_n),
-        report.n_threads,
-    );
-    let mut table = Table::new(&[
-        "streams",
-        "prompt",
-        "tokens",
-        "first token ms",
-        "decode tok/s",
-        "weights read",
-        "of memory",
-    ]);
-    for result in &report.results {
-        // With several streams a step serves all of them with one read of the weights.
-        let steps_s = result.decode_tok_s.median / result.concurrency as f64;
-        let bytes_s = steps_s * report.weight_bytes as f64;
-        table.row(vec![
-            result.concurrency.to_string(),
-            format!("{:.0}", result.prompt_tokens.median),
-            format!("{:.0}", result.tokens.median),
-            result.time_to_first_token_ms.show(),
-            result.decode_tok_s.show(),
-            gb(bytes_s),
-            format!("{:.0} %", 100.0 * bytes_s / report.read_bandwidth_n),
-        ]);
+    fn ceilings(&self) -> anyhow::Result<&Ceilings> {
+        self.machine.ceilings(self.split.n_threads()).context("no ceiling was measured")
     }
-    out.push_str(&table.render("nothing was measured"));
-    out
+
+    async fn work(&self, engine: &mut Engine) -> anyhow::Result<Vec<Work>> {
+        let (options, demand, ceilings) = (self.options, &self.subject.demand, self.ceilings()?);
+        let mut done = Vec::new();
+        engine.prefill(options.prefill).await?;
+        let mut seconds = Vec::new();
+        for _ in 0..options.runs {
+            seconds.push(engine.prefill(options.prefill).await?.as_secs_f64());
+        }
+        done.push(Work::prefill(options.prefill, &seconds, demand, ceilings));
+        self.tell(&done);
+        for &n in &options.batches {
+            let mut seconds = Vec::new();
+            engine.decode(n, options.context, 2).await?;
+            for _ in 0..options.runs {
+                let step = engine.decode(n, options.context, options.steps).await?;
+                seconds.push(step.as_secs_f64());
+            }
+            let context = options.context as f64 + options.steps as f64 / 2.0;
+            done.push(Work::decode(n, context, &seconds, demand, ceilings));
+            self.tell(&done);
+        }
+        Ok(done)
+    }
+
+    /// Ours and llama.cpp's in turn, if that is wanted.
+    async fn pairs(&self, engine: &mut Engine) -> anyhow::Result<Vec<Pair>> {
+        let Some(program) = &self.options.compare_llama_cpp else { return Ok(Vec::new()) };
+        let file = self.subject.file.as_ref().context("a synthetic model has no file")?;
+        let n_prompt = self.options.prefill;
+        let mut pairs = Vec::new();
+        for run in 0..self.options.runs {
+            engine.prefill(n_prompt).await?;
+            let prefill = n_prompt as f64 / engine.prefill(n_prompt).await?.as_secs_f64();
+            let step = engine.decode(1, 1, PAIR_TOKENS).await?;
+            let ours = Rates { prefill, decode: 1.0 / step.as_secs_f64() };
+            let n_threads = self.split.n_threads();
+            let theirs = llama_cpp::run(program, file, n_threads, n_prompt, PAIR_TOKENS).await?;
+            eprintln!(
+                "pair {}: prefill {:.1} and {:.1}, decode {:.1} and {:.1} tok/s",
+                run + 1,
+                ours.prefill,
+                theirs.prefill,
+                ours.decode,
+                theirs.decode
+            );
+            pairs.push(Pair { ours, theirs });
+        }
+        Ok(pairs)
+    }
+
+    fn tell(&self, done: &[Work]) {
+        if let Some(Work { what, n, tok_s, share, .. }) = done.last() {
+            let (split, share) = (self.split, 100.0 * share);
+            eprintln!(
+                "{split}: {what} {n}: {:.1} tok/s, {share:.0} % of the ceiling",
+                tok_s.median
+            );
+        }
+    }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use clap::Parser;
 
-    #[test]
-    fn the_first_token_of_a_stream_is_not_counted_as_decoded() {
-        let start = Instant::now();
-        let timing = |first, last, tokens| Timing {
-            to_first: Duration::ZERO,
-            first: start + Duration::from_secs(first),
-            last: start + Duration::from_secs(last),
-            tokens,
-            prompt_tokens: 1,
-        };
-        assert_eq!(rate(&[timing(1, 3, 11)]).ok(), Some(5.0));
-        assert_eq!(rate(&[timing(1, 3, 11), timing(2, 6, 11)]).ok(), Some(4.0));
-        assert!(rate(&[timing(1, 1, 1)]).is_err());
+    #[derive(Debug, Parser)]
+    struct Verb {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(args: &[&str]) -> Options {
+        Verb::try_parse_from(["bench"].iter().chain(args)).unwrap().options
     }
 
     #[test]
-    fn the_median_stands_between_the_extremes() {
-        let spread = Spread::of(vec![3.0, 1.0, 2.0]);
-        assert_eq!((spread.min, spread.median, spread.max), (1.0, 2.0, 3.0));
+    fn layouts_are_those_asked_for_or_the_standard_ones() {
+        let names =
+            |args: &[&str]| options(args).splits().iter().map(Split::to_string).collect::<Vec<_>>();
+        assert_eq!(names(&[]).len(), 3);
+        assert_eq!(names(&["--workers", "2", "--threads", "1"]), ["2x1"]);
+        assert_eq!(names(&["--shares", "2:1", "--threads", "3"]), ["2x3 2:1"]);
+        assert_eq!(names(&["--split", "1x1,2x1/tcp"]), ["1x1", "2x1/tcp"]);
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_refused_in_one_sentence() {
+        let refused = |args: &[&str]| options(args).check().unwrap_err().to_string();
+        assert!(refused(&["--batches", "1,33"]).contains("1 to 32"));
+        assert!(refused(&["--steps", "1"]).contains("--steps"));
+        assert!(refused(&["--prefill", "0"]).contains("--prefill 0"));
+        let compare = ["--synthetic", "llama-1b", "--compare-llama-cpp", "x"];
+        assert!(refused(&compare).contains("--save FILE"));
+        let save = ["--synthetic", "llama-1b", "--format", "q4_0,q8_0", "--save", "x"];
+        assert!(refused(&save).contains("one --format"));
+        assert!(
+            options(&[]).subjects().unwrap_err().to_string().contains("--synthetic llama-tiny")
+        );
+        assert!(options(&["--kernels"]).subjects().unwrap().is_empty());
+        let long = ["--synthetic", "llama-tiny", "--context", "16384"];
+        assert!(options(&long).subjects().unwrap_err().to_string().contains("16384 tokens"));
+    }
+
+    #[test]
+    fn shapes_and_formats_are_known_names() {
+        let refused = |args: &[&str]| {
+            Verb::try_parse_from(["bench"].iter().chain(args)).unwrap_err().to_string()
+        };
+        assert!(refused(&["--synthetic", "gpt"]).contains("llama-8b"));
+        assert!(refused(&["--synthetic", "llama-1b", "--format", "q3"]).contains("q4_k_m"));
+        assert!(refused(&["--split", "2"]).contains("RANKSxTHREADS"));
     }
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde_json::json;
 
 pub use cluster::{Cluster, Started};
-pub use preflight::Plan;
+pub use preflight::{Plan, available_memory};
 pub use progress::Progress;
 
 use crate::client::Sampling;
@@ -39,13 +39,6 @@ Talk to the cluster with `evener chat`, look at it with `evener status`.";
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Shape {
-    /// PATH of a GGUF file, or NAME of one in EVENER_MODELS (directories, separated by colons) or
-    /// .cache/models.
-    #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME")]
-    pub model: String,
-    /// Name it is served under; default: the file's stem.
-    #[arg(long, env = "EVENER_NAME")]
-    pub name: Option<String>,
     /// Workers that share the model; default: as many as shares, else 2.
     #[arg(long, env = "EVENER_WORKERS", value_name = "N")]
     pub workers: Option<usize>,
@@ -94,6 +87,13 @@ pub struct Shape {
 #[serde(rename_all = "kebab-case")]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
+    /// PATH of a GGUF file, NAME of one in EVENER_MODELS (directories, separated by colons) or
+    /// .cache/models, or a model of random weights: synthetic:SHAPE:FORMAT[:LAYERS].
+    #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME")]
+    pub model: String,
+    /// Name it is served under; default: the file's stem.
+    #[arg(long, env = "EVENER_NAME")]
+    pub name: Option<String>,
     #[command(flatten)]
     #[serde(flatten)]
     pub shape: Shape,
@@ -113,7 +113,8 @@ const ASK_MAX_TOKENS: u32 = 128;
 
 pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    let plan = Plan::check(&options.shape, options.listen)?;
+    let plan =
+        Plan::check(&options.model, options.name.as_deref(), &options.shape, options.listen)?;
     let mut progress = Progress::new(&plan);
     let mut cluster = match Cluster::start(&plan, log, &mut signals, &mut progress).await? {
         Started::Ready(cluster) => cluster,

@@ -49,12 +49,18 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn check(shape: &Shape, listen: SocketAddr) -> anyhow::Result<Self> {
+    /// `model` as people type it; `name` if it is to be served under another than its own.
+    pub fn check(
+        model: &str,
+        name: Option<&str>,
+        shape: &Shape,
+        listen: SocketAddr,
+    ) -> anyhow::Result<Self> {
         let shares = shares(shape)?;
         let threads = threads(shape, shares.len())?;
         let cores = cores(&shape.cores, threads, shares.len())?;
-        let model = models::resolve(&shape.model)?;
-        let name = models::served_name(&model, shape.name.as_deref())?;
+        let model = models::resolve(model)?;
+        let name = models::served_name(&model, name)?;
         let checkpoint = Checkpoint::open(&model).context("the model cannot be served")?;
         let split = shard::split(&checkpoint.config, &shares)?;
         let weight_bytes = (0..shares.len())
@@ -196,7 +202,6 @@ fn check_memory(
     Ok(weight_bytes.iter().filter_map(kv_of).collect())
 }
 
-/// Bytes that new processes can use: the kernel's estimate, within this control group's limit.
 /// Of the whole model, in the format asked for.
 fn kv_bytes_per_token(checkpoint: &Checkpoint, kv: Kv) -> u64 {
     let description = &checkpoint.description;
@@ -204,7 +209,8 @@ fn kv_bytes_per_token(checkpoint: &Checkpoint, kv: Kv) -> u64 {
     KvFormat::from(kv).bytes_per_token(description.kv_bytes_per_token, n_heads as u64)
 }
 
-fn available_memory() -> Option<u64> {
+/// Bytes that new processes can use: the kernel's estimate, within this control group's limit.
+pub fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let machine = meminfo.lines().find_map(|line| {
         let kib = line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?;

@@ -12,6 +12,7 @@ mod exchange;
 mod header;
 mod hello;
 mod history;
+pub mod latency;
 mod link;
 mod mesh;
 mod payload;

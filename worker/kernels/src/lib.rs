@@ -18,6 +18,7 @@ pub mod elementwise;
 pub mod isa;
 pub mod linear;
 pub mod matrix;
+pub mod measure;
 pub mod memory;
 pub mod norm;
 pub mod peaks;

@@ -16,6 +16,7 @@ mod cpu;
 mod reference;
 
 pub use evener_kernels::attention::Format as KvFormat;
+pub(crate) use cpu::PRECISION as CPU_PRECISION;
 
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;

@@ -13,6 +13,7 @@ mod fingerprint;
 pub mod gguf;
 pub mod metadata;
 mod slice;
+pub mod synthetic;
 mod tokenizer;
 
 use std::collections::HashSet;
@@ -49,6 +50,8 @@ pub enum Error {
     #[error("{}: {reason}", path.display())]
     Refused { path: PathBuf, reason: Box<Error> },
     #[error(transparent)]
+    Synthetic(#[from] synthetic::Error),
+    #[error(transparent)]
     Malformed(#[from] fault::Malformed),
     #[error(transparent)]
     Metadata(#[from] metadata::Error),
@@ -66,13 +69,17 @@ pub enum Error {
 
 impl Checkpoint {
     /// Maps a file and checks everything but the weights themselves; reads no tensor data, but for
-    /// a few MiB of samples for the fingerprint.
+    /// a few MiB of samples for the fingerprint. A path may also be the name of a
+    /// [`synthetic`] model.
     ///
     /// # Errors
     /// What is wrong and where, with the path.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let bytes = FileBytes::map(path)
-            .map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
+        let bytes = match path.to_str().filter(|text| text.starts_with(synthetic::SCHEME)) {
+            Some(name) => name.parse::<synthetic::Spec>()?.bytes(),
+            None => FileBytes::map(path),
+        };
+        let bytes = bytes.map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
         Self::from_bytes(bytes)
             .map_err(|reason| Error::Refused { path: path.to_owned(), reason: Box::new(reason) })
     }

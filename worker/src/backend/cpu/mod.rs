@@ -32,7 +32,7 @@ const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
 /// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses
 /// another token than exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16
 /// both vanish, for twice the multiplications.
-const PRECISION: Precision = Precision::Int12;
+pub(crate) const PRECISION: Precision = Precision::Int12;
 
 /// Most weights that one linear op has.
 const MAX_PROJECTIONS: usize = 4;
@@ -104,10 +104,6 @@ impl Rank {
             program.buffers.iter().map(|b| vec![0.0; b.n_parts * tokens * b.columns]).collect();
         let (n_kv_heads, head_dim) = (program.n_kv_heads, program.head_dim);
         let new_cache = || KvCache::new(options.kv_format, n_kv_blocks, n_kv_heads, head_dim);
-        let pool = match options.cores.get(..options.threads) {
-            Some(cores) => Pool::on_cores(cores, options.spin),
-            None => Pool::new(options.threads, options.spin),
-        };
         let caches = (0..program.n_layers).map(|_| new_cache()).collect::<std::io::Result<_>>()?;
         Ok(Self {
             isa,

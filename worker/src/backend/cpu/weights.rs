@@ -80,7 +80,10 @@ pub fn load(
         }
     }
     let n_vector_bytes: usize = vectors.iter().map(|values: &Vec<f32>| 4 * values.len()).sum();
-    let mut pool = Pool::new(options.threads, options.spin);
+    let mut pool = match options.cores.get(..options.threads) {
+        Some(cores) => Pool::on_cores(cores, options.spin),
+        None => Pool::new(options.threads, options.spin),
+    };
     let matrices = pack(&mut pool, &unpacked, n_vector_bytes as u64, total, progress)?;
     if progress(total, total).is_break() {
         return Err(LoadError::Stopped);
