@@ -91,6 +91,7 @@ fn ranks(world_size: usize) -> Vec<Rank> {
     let vocab: Vec<_> = split.shards.iter().map(|shard| shard.vocab.clone()).collect();
     let limits = limits(checkpoint.config.vocab);
     let options = backend::Options {
+        kv_format: backend::KvFormat::F16,
         threads: THREADS,
         max_batch_tokens: limits.max_batch_tokens,
         max_sample_rows: limits.max_sample_rows,

@@ -15,8 +15,8 @@ use crate::model::program::Program;
 mod cpu;
 mod reference;
 
-pub use evener_kernels::attention::Format as KvFormat;
 pub(crate) use cpu::PRECISION as CPU_PRECISION;
+pub use evener_kernels::attention::Format as KvFormat;
 
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
