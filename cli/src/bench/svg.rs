@@ -216,7 +216,8 @@ fn text(svg: &mut String, [x, y]: [f64; 2], anchor: &str, size: u32, words: &str
     let words = escape(words);
     writeln!(
         svg,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{words}</text>"
+        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" \
+         font-size=\"{size}\">{words}</text>"
     )
     .expect("text can be written to a string");
 }
