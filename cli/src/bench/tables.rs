@@ -120,7 +120,7 @@ fn model(model: &Model) -> String {
     }
     for laid in &model.splits {
         out += &format!(
-            "  {}: backend {}, ready after {:.1} s ({} GB/s of weights)",
+            "  {}: {}, ready after {:.1} s ({} GB/s of weights)",
             laid.split,
             laid.backend,
             laid.ready_s,
@@ -128,7 +128,7 @@ fn model(model: &Model) -> String {
         );
         if let Some(ms) = laid.load_ms {
             let rate = laid.resident_weight_bytes as f64 / (f64::from(ms) / 1e3);
-            out += &format!(", loaded in {ms} ms ({} GB/s)", giga(rate));
+            out += &format!(", loaded in {ms} ms ({})", giga(rate));
         }
         out.push('\n');
     }
@@ -286,7 +286,7 @@ pub(super) mod tests {
             "2.5 / 9.0",
             "50.0 1.00",
             "3 of 16 layers",
-            "ready after 0.6 s (1.0 GB/s of weights), loaded in 200 ms (3.0 GB/s)",
+            "ready after 0.6 s (1.0 GB/s of weights), loaded in 200 ms (3.0)",
             "prefill 512",
             "512.0 (511.0 to 513.0)",
             "50 %",
