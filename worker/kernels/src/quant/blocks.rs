@@ -49,10 +49,10 @@ pub(crate) trait Blocks {
 /// 32 weights of a row, taken apart four columns at a time.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Run {
-    /// A row's share of a tile's vectors. Of 8 bits: word `2 * j + half` is u of columns `16 * half
-    /// + 4 * j` and the three after it. Of fewer: word j is the low four bits of columns `4
-    /// * j..`, with those of columns `16 + 4 * j..` above them. Of 6 bits: words 4
-    /// and 5 are the two top bits of vectors 0 to 3 and 4 to 7, lowest first. Other words are 0.
+    /// A row's share of a tile's vectors. Of 8 bits: word `2j + half` is u of columns `16 half + 4j`
+    /// and the three after it. Of fewer: word j is the low four bits of columns `4j..`, with those
+    /// of columns `16 + 4j..` above them. Of 6 bits: words 4 and 5 are the two top bits of vectors
+    /// 0 to 3 and 4 to 7, lowest first. Other words are 0.
     pub(crate) words: [u32; 8],
     /// Bit k is column k's fifth.
     pub(crate) fifths: u32,
