@@ -88,6 +88,8 @@ pub struct Member {
     pub bytes_done: Option<u64>,
     pub bytes_total: Option<u64>,
     pub backend: Option<String>,
+    /// What loading its weights took; 0 or absent where it is not known.
+    pub load_ms: Option<u32>,
 }
 
 impl View {

@@ -10,7 +10,7 @@ use std::io::Cursor;
 use candle_core::quantized::{GgmlDType, gguf_file};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use evener_worker::backend::Kind;
+use evener_worker::backend::{Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 
 use support::group::Group;
@@ -67,7 +67,13 @@ fn logits_are_those_of_the_oracle_in_f32() {
         let (file, checkpoint) = checkpoint(format);
         let prompts = prompts();
         let inputs: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-        let group = Group { kind: Kind::Cpu, shares: &[1], threads: 2, chunk: 16 };
+        let group = Group {
+            kind: Kind::Cpu,
+            shares: &[1],
+            threads: 2,
+            chunk: 16,
+            kv_format: KvFormat::F32,
+        };
         for (prompt, got) in prompts.iter().zip(group.logits(&checkpoint, &inputs)) {
             let want = oracle_logits(&file, prompt);
             assert_eq!(got.len(), want.len());
@@ -89,7 +95,13 @@ fn bits_do_not_depend_on_splits_threads_or_batch() {
         let alone: Vec<Vec<u32>> = prompts
             .iter()
             .map(|prompt| {
-                let group = Group { kind: Kind::Cpu, shares: &[1], threads: 1, chunk: 64 };
+                let group = Group {
+                    kind: Kind::Cpu,
+                    shares: &[1],
+                    threads: 1,
+                    chunk: 64,
+                    kv_format: KvFormat::F32,
+                };
                 bits(&group.logits(&checkpoint, &[prompt])[0])
             })
             .collect();
@@ -97,7 +109,7 @@ fn bits_do_not_depend_on_splits_threads_or_batch() {
         let cases: [(&[u32], usize, usize); 5] =
             [(&[1], 2, 1), (&[1], 1, 7), (&[1, 1], 1, 16), (&[2, 1], 2, 5), (&[1, 1, 1], 1, 64)];
         for (shares, threads, chunk) in cases {
-            let group = Group { kind: Kind::Cpu, shares, threads, chunk };
+            let group = Group { kind: Kind::Cpu, shares, threads, chunk, kv_format: KvFormat::F32 };
             let got: Vec<_> =
                 group.logits(&checkpoint, &together).iter().map(|l| bits(l)).collect();
             assert!(got == alone, "{format:?}, {shares:?}, {threads} threads, {chunk} a chunk");

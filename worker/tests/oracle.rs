@@ -45,10 +45,10 @@ const REORDERED: Criteria =
 
 /// Activations are rounded to 16 bits, in blocks of 32 columns, before each of 211 matrices: a step
 /// is a
-/// 32512th of a block's maximum. 0.011 was measured; the bound leaves room for other texts and
-/// machines.
+/// 32512th of a block's maximum. 0.31 was measured with keys and values in f32, 0.39 in f16; the bound
+/// leaves room for other texts and machines.
 const ROUNDED_16: Criteria =
-    Criteria { min_top_1: 0.99, max_perplexity: 0.005, max_difference: 0.1 };
+    Criteria { min_top_1: 0.99, max_perplexity: 0.005, max_difference: 0.5 };
 
 /// The oracle as it comes rounds activations to 8 bits itself, and so chooses another token than
 /// its own f32 arithmetic at 3 to 5 % of positions of this small model: no accurate backend can be

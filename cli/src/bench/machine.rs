@@ -45,7 +45,7 @@ pub fn all_reduce() -> anyhow::Result<Vec<AllReduce>> {
     eprintln!("Measuring all-reduces of two ranks ...");
     let mut rows = Vec::new();
     for link in Link::ALL {
-        for latency in measure::all_reduce(link, N_ROUNDS)? {
+        for latency in measure::all_reduce(link, 2, N_ROUNDS)? {
             rows.push(AllReduce {
                 link: link.name(),
                 bytes: latency.bytes,

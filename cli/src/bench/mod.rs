@@ -328,6 +328,8 @@ impl Bench<'_> {
         let http = http::measure(&options.http(subject), &cluster.client, model).await?;
         let llama_cpp = self.pairs(&mut engine).await?;
         let view = View::read(&cluster.client.status().await?)?;
+        let members = view.groups.iter().flat_map(|group| &group.members);
+        let load_ms = members.filter_map(|member| member.load_ms).filter(|&ms| ms > 0).max();
         let lead = view.groups.iter().find_map(|group| group.members.first());
         let device = view.workers.first().map(|worker| worker.device.backend.clone());
         let backend = lead.and_then(|lead| lead.backend.clone()).or(device);
@@ -339,6 +341,7 @@ impl Bench<'_> {
             links: lead.map(|lead| lead.links.clone()).unwrap_or_default(),
             resident_weight_bytes: view.workers.iter().map(|w| w.resident_weight_bytes).sum(),
             ready_s,
+            load_ms,
             work,
             http,
             llama_cpp,

@@ -99,6 +99,8 @@ pub struct Laid {
     pub resident_weight_bytes: u64,
     /// From the start of the processes to the first request that could be taken.
     pub ready_s: f64,
+    /// Of it, what the slowest rank took for its weights, where ranks say so.
+    pub load_ms: Option<u32>,
     pub work: Vec<Work>,
     pub http: Vec<Streams>,
     /// In turn with llama-bench, if that was asked for.

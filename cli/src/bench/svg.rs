@@ -11,9 +11,9 @@ const HEIGHT: f64 = 620.0;
 const PLOT: [f64; 4] = [70.0, 50.0, 720.0, 560.0];
 /// Of operations a byte.
 const X: [f64; 2] = [0.5, 8192.0];
-const COLOURS: [&str; 10] = [
+const COLOURS: [&str; 12] = [
     "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf",
-    "#bcbd22", "#7f7f7f",
+    "#bcbd22", "#7f7f7f", "#000000", "#66aa88",
 ];
 
 /// A measurement.
@@ -24,7 +24,18 @@ struct Dot {
     title: String,
     intensity: f64,
     ops_per_s: f64,
-    is_kernel: bool,
+    mark: Mark,
+}
+
+/// What a dot looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// A filled circle: a whole model.
+    Model,
+    /// An empty square: a layer alone, from memory.
+    Far,
+    /// An empty diamond: a layer alone, from caches.
+    Near,
 }
 
 /// The picture; nothing if there are no ceilings to draw.
@@ -60,7 +71,7 @@ fn dots(report: &Report) -> Vec<Dot> {
                     title: format!("{name}, {}, {} {}", laid.split, work.what, work.n),
                     intensity: work.ops_per_s / work.bytes_per_s,
                     ops_per_s: work.ops_per_s,
-                    is_kernel: false,
+                    mark: Mark::Model,
                 });
             }
         }
@@ -69,11 +80,11 @@ fn dots(report: &Report) -> Vec<Dot> {
         let (format, m) = (kernel.format, kernel.m);
         let shape = format!("{} x {}", kernel.rows, kernel.columns);
         dots.push(Dot {
-            series: format!("{format} layer, {}", kernel.place),
+            series: format!("{format} layers"),
             title: format!("{format}, {shape}, {m} rows, {}", kernel.place),
             intensity: kernel.ops_per_s / kernel.bytes_per_s,
             ops_per_s: kernel.ops_per_s,
-            is_kernel: true,
+            mark: if kernel.place == "far" { Mark::Far } else { Mark::Near },
         });
     }
     dots
@@ -142,47 +153,52 @@ impl Axes {
     }
 
     fn dots(&self, svg: &mut String, dots: &[Dot]) {
-        let mut series: Vec<(&str, bool)> = Vec::new();
+        let mut series: Vec<(&str, Mark)> = Vec::new();
         for dot in dots {
-            if !series.contains(&(dot.series.as_str(), dot.is_kernel)) {
-                series.push((&dot.series, dot.is_kernel));
+            if !series.iter().any(|(known, _)| *known == dot.series) {
+                series.push((&dot.series, dot.mark));
             }
         }
         let colour_of = |name: &str| {
             let at = series.iter().position(|(known, _)| *known == name).unwrap_or(0);
             COLOURS[at % COLOURS.len()]
         };
+        if dots.iter().any(|dot| dot.mark != Mark::Model) {
+            let what = "circle: model; square, diamond: a layer alone, from memory, from caches";
+            text(svg, [PLOT[2], 28.0], "middle", 11, what);
+        }
         for dot in dots {
             let (x, y) = (Self::x_at(dot.intensity), self.y_at(dot.ops_per_s));
-            mark(svg, [x, y], colour_of(&dot.series), dot.is_kernel, &dot.title);
+            mark(svg, [x, y], colour_of(&dot.series), dot.mark, &dot.title);
         }
-        for (i, (name, is_kernel)) in series.iter().enumerate() {
+        for (i, (name, kind)) in series.iter().enumerate() {
             let y = PLOT[1] + 10.0 + 18.0 * i as f64;
             if y > HEIGHT - 10.0 {
                 break; // The dots still say what they are when pointed at.
             }
-            mark(svg, [PLOT[2] + 20.0, y], colour_of(name), *is_kernel, name);
+            mark(svg, [PLOT[2] + 20.0, y], colour_of(name), *kind, name);
             text(svg, [PLOT[2] + 32.0, y + 4.0], "start", 12, name);
         }
     }
 }
 
-/// A filled circle for a model, an empty square for a layer alone.
-fn mark(svg: &mut String, [x, y]: [f64; 2], colour: &str, is_kernel: bool, title: &str) {
+fn mark(svg: &mut String, [x, y]: [f64; 2], colour: &str, mark: Mark, title: &str) {
     let title = escape(title);
-    let written = if is_kernel {
-        let (x, y) = (x - 3.5, y - 3.5);
-        writeln!(
-            svg,
-            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"7\" height=\"7\" fill=\"none\" \
-             stroke=\"{colour}\" stroke-width=\"1.5\"><title>{title}</title></rect>"
-        )
-    } else {
-        writeln!(
+    let turned = if mark == Mark::Near { 45 } else { 0 };
+    let written = match mark {
+        Mark::Model => writeln!(
             svg,
             "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\" \
              fill-opacity=\"0.8\"><title>{title}</title></circle>"
-        )
+        ),
+        Mark::Far | Mark::Near => writeln!(
+            svg,
+            "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"7\" height=\"7\" fill=\"none\" \
+             stroke=\"{colour}\" stroke-width=\"1.5\" \
+             transform=\"rotate({turned} {x:.1} {y:.1})\"><title>{title}</title></rect>",
+            x - 3.5,
+            y - 3.5
+        ),
     };
     written.expect("text can be written to a string");
 }
@@ -200,7 +216,8 @@ fn text(svg: &mut String, [x, y]: [f64; 2], anchor: &str, size: u32, words: &str
     let words = escape(words);
     writeln!(
         svg,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{words}</text>"
+        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" \
+         font-size=\"{size}\">{words}</text>"
     )
     .expect("text can be written to a string");
 }

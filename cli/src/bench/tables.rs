@@ -120,12 +120,17 @@ fn model(model: &Model) -> String {
     }
     for laid in &model.splits {
         out += &format!(
-            "  {}: backend {}, ready after {:.1} s ({} GB/s of weights)\n",
+            "  {}: {}, ready after {:.1} s ({} GB/s of weights)",
             laid.split,
             laid.backend,
             laid.ready_s,
             giga(laid.resident_weight_bytes as f64 / laid.ready_s)
         );
+        if let Some(ms) = laid.load_ms {
+            let rate = laid.resident_weight_bytes as f64 / (f64::from(ms) / 1e3);
+            out += &format!(", loaded in {ms} ms ({})", giga(rate));
+        }
+        out.push('\n');
     }
     out += &work(&model.splits);
     for laid in &model.splits {
@@ -229,6 +234,7 @@ pub(super) mod tests {
             links: vec!["self".to_owned(), "shm".to_owned()],
             resident_weight_bytes: 600_000_000,
             ready_s: 0.6,
+            load_ms: Some(200),
             work: vec![work("prefill", 512, 512.0), work("decode", 1, 50.0)],
             http: Vec::new(),
             llama_cpp: vec![
@@ -280,7 +286,7 @@ pub(super) mod tests {
             "2.5 / 9.0",
             "50.0 1.00",
             "3 of 16 layers",
-            "ready after 0.6 s (1.0 GB/s of weights)",
+            "ready after 0.6 s (1.0 GB/s of weights), loaded in 200 ms (3.0)",
             "prefill 512",
             "512.0 (511.0 to 513.0)",
             "50 %",

@@ -1,5 +1,6 @@
-//! How long an all-reduce between two ranks takes, by size and kind of link. For `evener bench` and
-//! the example; two threads, each on a core of its own where there are two.
+//! How long an all-reduce between some ranks takes, by size and kind of link. For `evener bench` and
+//! the example; each rank is a thread that spins on a core of its own, or yields where cores are too
+//! few.
 
 use std::net::Ipv4Addr;
 use std::thread;
@@ -49,21 +50,21 @@ pub struct Latency {
 ///
 /// # Errors
 /// The ranks could not connect, or a link failed.
-pub fn measure(link: Link, n_rounds: usize) -> Result<Vec<Latency>, Error> {
+pub fn measure(link: Link, n_ranks: usize, n_rounds: usize) -> Result<Vec<Latency>, Error> {
     let n_cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let options = Options { spin: n_cores > 1, ..Options::default() };
+    let options = Options { spin: n_ranks <= n_cores, ..Options::default() };
     let group = match link {
-        Link::Local => Mesh::local(2, 1, &options)?,
-        Link::Shm => by_rendezvous(Transport::Shm, &options)?,
-        Link::Tcp => by_rendezvous(Transport::Tcp, &options)?,
+        Link::Local => Mesh::local(n_ranks, 1, &options)?,
+        Link::Shm => by_rendezvous(n_ranks, Transport::Shm, &options)?,
+        Link::Tcp => by_rendezvous(n_ranks, Transport::Tcp, &options)?,
     };
     thread::scope(|scope| {
         let spawn = |(rank, mesh): (usize, Mesh)| {
             scope.spawn(move || {
-                if n_cores > 1 {
+                if options.spin {
                     pin_to(rank);
                 }
-                run(mesh, n_rounds.max(1))
+                run(mesh, n_ranks, n_rounds.max(1))
             })
         };
         let ranks: Vec<_> = group.into_iter().enumerate().map(spawn).collect();
@@ -73,9 +74,13 @@ pub fn measure(link: Link, n_rounds: usize) -> Result<Vec<Latency>, Error> {
     })
 }
 
-fn by_rendezvous(transport: Transport, options: &Options) -> Result<Vec<Mesh>, Error> {
-    let bind = || Rendezvous::bind((Ipv4Addr::LOCALHOST, 0).into());
-    let doors = [bind()?, bind()?];
+fn by_rendezvous(
+    n_ranks: usize,
+    transport: Transport,
+    options: &Options,
+) -> Result<Vec<Mesh>, Error> {
+    let bind = |_| Rendezvous::bind((Ipv4Addr::LOCALHOST, 0).into());
+    let doors: Vec<Rendezvous> = (0..n_ranks).map(bind).collect::<Result<_, _>>()?;
     let peers: Vec<Peer> = doors
         .iter()
         .map(|door| Peer { address: door.local_addr().to_string(), host_id: "here".into() })
@@ -94,8 +99,8 @@ fn by_rendezvous(transport: Transport, options: &Options) -> Result<Vec<Mesh>, E
     })
 }
 
-fn run(mut mesh: Mesh, n_rounds: usize) -> Result<Vec<Latency>, Error> {
-    let plan = ReducePlan::any_order(2);
+fn run(mut mesh: Mesh, n_ranks: usize, n_rounds: usize) -> Result<Vec<Latency>, Error> {
+    let plan = ReducePlan::any_order(n_ranks);
     let n_warm = n_rounds / 10;
     let mut step = 0;
     let mut rows = Vec::with_capacity(SIZES.len());
@@ -123,7 +128,7 @@ fn run(mut mesh: Mesh, n_rounds: usize) -> Result<Vec<Latency>, Error> {
 fn pin_to(core: usize) {
     // SAFETY: an all-zero cpu_set_t is the empty set.
     let mut cores: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: core is 0 or 1, within any cpu_set_t.
+    // SAFETY: ranks are as few as cores, whose numbers fit a cpu_set_t; CPU_SET checks it, too.
     unsafe { libc::CPU_SET(core, &mut cores) };
     // SAFETY: the kernel reads one live cpu_set_t; 0 is the calling thread.
     unsafe { libc::sched_setaffinity(0, size_of_val(&cores), &cores) };
@@ -136,7 +141,7 @@ mod tests {
     #[test]
     fn every_link_is_measured_at_every_size() {
         for link in Link::ALL {
-            let rows = measure(link, 3).expect("two ranks of this machine reach each other");
+            let rows = measure(link, 2, 3).expect("ranks of this machine reach each other");
             let sizes: Vec<usize> = rows.iter().map(|row| row.bytes).collect();
             assert_eq!(sizes, SIZES, "{}", link.name());
             assert!(rows.iter().all(|row| row.p50 > 0.0 && row.p99 >= row.p50), "{rows:?}");

@@ -13,7 +13,7 @@ use crate::dense;
 use crate::isa::Isa;
 use crate::matrix::{Matrix, TILE_ROWS, Weights};
 use crate::pool::{Pool, Shards, part};
-use crate::quant::blocks::Blocks;
+use crate::quant::blocks::{Blocks, Scales};
 use crate::quant::{portable, with_blocks};
 
 #[cfg(target_arch = "x86_64")]
@@ -278,7 +278,11 @@ impl Job<'_> {
         store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
     ) {
         #[cfg(target_arch = "x86_64")]
-        if step.isa == Isa::Avx512Amx && TERMS == 2 && rows.len() >= amx::MIN_ROWS {
+        if step.isa == Isa::Avx512Amx
+            && TERMS == 2
+            && B::SCALES != Scales::Halves
+            && rows.len() >= amx::MIN_ROWS
+        {
             let group = |group| step.group(group);
             // SAFETY: this instruction set was detected on this CPU.
             unsafe { amx::run_tile::<B, TERMS>(w, rows, &group, step.sum, &store) };

@@ -78,6 +78,20 @@ impl DerefMut for Memory {
     }
 }
 
+/// Asks for huge pages under what is not touched yet of a slice that has some to itself. It is
+/// advice: a smaller slice, or a system that does not have them, goes without.
+pub fn prefer_huge<T>(slice: &[T]) {
+    let bytes = slice.as_ptr_range();
+    let start = bytes.start.addr().next_multiple_of(HUGE);
+    let end = bytes.end.addr() / HUGE * HUGE;
+    if start < end {
+        let from_start = start - bytes.start.addr();
+        let address = slice.as_ptr().cast::<u8>().wrapping_add(from_start).cast_mut();
+        // SAFETY: whole pages of the slice, whose content the advice leaves as it is.
+        unsafe { libc::madvise(address.cast(), end - start, libc::MADV_HUGEPAGE) };
+    }
+}
+
 /// A run of bytes in memory that several share.
 #[derive(Debug, Clone)]
 pub(crate) struct Stretch {
@@ -138,6 +152,16 @@ mod tests {
             memory.fill(1);
             other.fill(2);
             assert!(memory.iter().all(|&byte| byte == 1));
+        }
+    }
+
+    #[test]
+    fn advice_leaves_memory_as_it_is() {
+        for len in [0, 3, HUGE, 5 * HUGE / 8] {
+            let mut slice: Vec<u64> = (0..len as u64).collect();
+            prefer_huge(&slice);
+            slice.push(len as u64);
+            assert!(slice.iter().zip(0..).all(|(&value, at)| value == at));
         }
     }
 

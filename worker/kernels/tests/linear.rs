@@ -74,6 +74,15 @@ impl Random {
                 let u = f64::from(low + 16 * high);
                 half(0) * f64::from(sc) * u - half(2) * f64::from(mc)
             }
+            Format::Q6K => {
+                // 128 columns at a time: 32 of one nibble, 32 of the next bytes', 64 of the others.
+                let (part, quarter, l) = (k / 128, k % 128 / 32, k % 32);
+                let byte = block[64 * part + 32 * (quarter % 2) + l];
+                let low = if quarter < 2 { byte & 15 } else { byte >> 4 };
+                let high = block[128 + 32 * part + l] >> (2 * quarter) & 3;
+                let sc = block[192 + k / 16] as i8;
+                half(208) * f64::from(sc) * (f64::from(low + 16 * high) - 32.0)
+            }
             Format::F32 => f64::from(f32::from_le_bytes(block[..4].try_into().unwrap())),
             other => panic!("no plain reading of {other:?} in this test"),
         }
@@ -86,6 +95,9 @@ fn block(format: Format, noise: &mut Noise) -> Vec<u8> {
         |noise: &mut Noise, n: usize| (0..n).map(|_| noise.next() as u8).collect::<Vec<_>>();
     if format == Format::F32 {
         return noise.float().to_le_bytes().to_vec();
+    }
+    if format == Format::Q6K {
+        return [bytes(noise, 208), half(noise).to_vec()].concat();
     }
     let n_halves = match format {
         Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => 1,
@@ -117,7 +129,7 @@ impl Source for Random {
 }
 
 /// Every format with activations of either precision; f32 weights take f32 activations.
-const CASES: [(Format, Precision); 15] = [
+const CASES: [(Format, Precision); 17] = [
     (Format::Q4_0, Precision::Int8),
     (Format::Q4_0, Precision::Int12),
     (Format::Q4_1, Precision::Int8),
@@ -132,6 +144,8 @@ const CASES: [(Format, Precision); 15] = [
     (Format::Q4K, Precision::Int12),
     (Format::Q5K, Precision::Int8),
     (Format::Q5K, Precision::Int12),
+    (Format::Q6K, Precision::Int8),
+    (Format::Q6K, Precision::Int12),
     (Format::F32, Precision::Int12),
 ];
 

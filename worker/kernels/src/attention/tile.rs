@@ -294,30 +294,13 @@ unsafe fn soften<S: Simd, N: Number, const R: usize>(
 ) -> [(f32, f32); R] {
     let n_blocks = n_visible.div_ceil(BLOCK_LEN);
     let mut factors = [(0.0, 0.0); R];
-    for r in 0..R {
-        // SAFETY: the caller's promise; a page with scales begins with one for each position.
-        unsafe {
+    // SAFETY: the caller's promise; a page with scales begins with one for each position.
+    unsafe {
+        let highest = mask_and_compare::<S, N, R>(pages, n_blocks, visible, weights);
+        for r in 0..R {
             let weights = weights.add(r * SPLIT);
-            let mut highest = S::splat(f32::NEG_INFINITY);
-            for block in 0..n_blocks {
-                let at = weights.add(block * LANES);
-                let mut scores = S::load(at);
-                if N::HEADER > 0 {
-                    scores = S::mul(scores, S::load(pages.k[block].cast()));
-                }
-                if visible[r] < (block + 1) * BLOCK_LEN {
-                    scores = S::mask_from(scores, visible[r].saturating_sub(block * BLOCK_LEN));
-                }
-                S::store(at, scores);
-                highest = S::max(scores, highest);
-            }
-            let lanes = S::to_array(highest);
-            let mut highest = f32::NEG_INFINITY;
-            for lane in lanes {
-                highest = greater(highest, lane);
-            }
             // A query that sees nothing here has no maximum; its weights are 0.
-            let base = S::splat(greater(highest, f32::MIN));
+            let base = S::splat(greater(highest[r], f32::MIN));
             let mut total = S::splat(0.0);
             for block in 0..n_blocks {
                 let at = weights.add(block * LANES);
@@ -329,10 +312,54 @@ unsafe fn soften<S: Simd, N: Number, const R: usize>(
                 S::store(at, weight);
             }
             let state = State { max: state.max.add(r), sum: state.sum.add(r), ..state };
-            factors[r] = advance(state, highest, sum(&S::to_array(total)));
+            factors[r] = advance(state, highest[r], sum(&S::to_array(total)));
         }
     }
     factors
+}
+
+/// Completes the scores of all queries, hides what they do not see, and finds their maxima.
+#[inline(always)]
+unsafe fn mask_and_compare<S: Simd, N: Number, const R: usize>(
+    pages: &Pages,
+    n_blocks: usize,
+    visible: &[usize; R],
+    weights: *mut f32,
+) -> [f32; R] {
+    let mut maxima = [f32::NEG_INFINITY; R];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut highest = [S::splat(f32::NEG_INFINITY); R];
+        for block in 0..n_blocks {
+            for r in 0..R {
+                let at = weights.add(r * SPLIT + block * LANES);
+                let mut scores = S::load(at);
+                if N::HEADER > 0 {
+                    scores = S::mul(scores, S::load(pages.k[block].cast()));
+                }
+                let is_masked = visible[r] < (block + 1) * BLOCK_LEN;
+                if is_masked {
+                    scores = S::mask_from(scores, visible[r].saturating_sub(block * BLOCK_LEN));
+                }
+                if N::HEADER > 0 || is_masked {
+                    S::store(at, scores);
+                }
+                highest[r] = S::max(scores, highest[r]);
+            }
+        }
+        for r in 0..R {
+            let mut lanes = S::to_array(highest[r]);
+            let mut width = LANES / 2;
+            while width > 0 {
+                for lane in 0..width {
+                    lanes[lane] = greater(lanes[lane], lanes[lane + width]);
+                }
+                width /= 2;
+            }
+            maxima[r] = lanes[0];
+        }
+    }
+    maxima
 }
 
 #[inline(always)]

@@ -206,7 +206,7 @@ impl Pass<'_, '_> {
                 _mm512_store_ps(self.scratch.scale[i].as_mut_ptr(), scale);
                 let min = match B::SCALES {
                     Scales::Super => _mm512_sub_ps(_mm512_setzero_ps(), min),
-                    Scales::Plain | Scales::Min => min,
+                    Scales::Plain | Scales::Min | Scales::Halves => min,
                 };
                 _mm512_store_ps(self.scratch.min[i].as_mut_ptr(), min);
             }
@@ -314,7 +314,7 @@ unsafe fn add_scale<B: Blocks, const TERMS: usize, const ROWS: usize>(
     d: &[f32],
     total: &mut Sums,
 ) {
-    let has_min = B::SCALES != Scales::Plain;
+    let has_min = B::SCALES.has_min();
     let mut acc = [_mm512_setzero_ps(); ROWS];
     for (i, ((scale, min), sum)) in scale.iter().zip(min).zip(sum.chunks_exact(GROUP)).enumerate() {
         // SAFETY: lanes are 16 floats, on cache lines of their own.

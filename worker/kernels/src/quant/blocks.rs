@@ -18,12 +18,26 @@ pub(crate) enum Scales {
     Min,
     /// `scale = d * sc`, `min = -(m * mc)`: f16 d and m of 256 columns, integers of each run.
     Super,
+    /// No min; `scale = d * sc` in a run's first half and `d * mc` in its second: f16 d of 256
+    /// columns, signed integers.
+    Halves,
+}
+
+impl Scales {
+    pub(crate) const fn has_min(self) -> bool {
+        matches!(self, Self::Min | Self::Super)
+    }
+
+    /// Whether f16 scales are those of 256 columns.
+    pub(crate) const fn is_super(self) -> bool {
+        matches!(self, Self::Super | Self::Halves)
+    }
 }
 
 /// A format of integers in blocks.
 pub(crate) trait Blocks {
     const FORMAT: Format;
-    /// Of u: 4, 5 or 8.
+    /// Of u: 4, 5, 6 or 8.
     const BITS: usize;
     const ZERO: i32;
     const SCALES: Scales;
@@ -36,8 +50,9 @@ pub(crate) trait Blocks {
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Run {
     /// A row's share of a tile's vectors. Of 8 bits: word `2 * j + half` is u of columns `16 * half
-    /// + 4 * j` and the three after it. Of 4 and 5 bits: word j is the low four bits of columns `4
-    /// * j..`, with those of columns `16 + 4 * j..` above them; the other words are 0.
+    /// + 4 * j` and the three after it. Of fewer: word j is the low four bits of columns `4
+    /// * j..`, with those of columns `16 + 4 * j..` above them. Of 6 bits: words 4
+    /// and 5 are the two top bits of vectors 0 to 3 and 4 to 7, lowest first. Other words are 0.
     pub(crate) words: [u32; 8],
     /// Bit k is column k's fifth.
     pub(crate) fifths: u32,
@@ -45,7 +60,7 @@ pub(crate) struct Run {
     pub(crate) d: u16,
     /// f16 bits; 0 where the format has no min.
     pub(crate) m: u16,
-    /// Of [`Scales::Super`].
+    /// Of [`Scales::Super`] and, as i8, of [`Scales::Halves`].
     pub(crate) sc: u8,
     pub(crate) mc: u8,
 }

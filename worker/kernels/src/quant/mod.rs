@@ -114,6 +114,7 @@ mod q4_k;
 mod q5_0;
 mod q5_1;
 mod q5_k;
+mod q6_k;
 mod q8_0;
 
 pub(crate) use q4_0::Q4_0;
@@ -122,6 +123,7 @@ pub(crate) use q4_k::Q4K;
 pub(crate) use q5_0::Q5_0;
 pub(crate) use q5_1::Q5_1;
 pub(crate) use q5_k::Q5K;
+pub(crate) use q6_k::Q6K;
 pub(crate) use q8_0::Q8_0;
 
 /// Runs one body for the [`blocks::Blocks`] of a format, or another for formats that are held as
@@ -157,10 +159,13 @@ macro_rules! with_blocks {
                 type $B = $crate::quant::Q5K;
                 $body
             }
+            $crate::quant::Format::Q6K => {
+                type $B = $crate::quant::Q6K;
+                $body
+            }
             $crate::quant::Format::F32
             | $crate::quant::Format::F16
-            | $crate::quant::Format::Bf16
-            | $crate::quant::Format::Q6K => $other,
+            | $crate::quant::Format::Bf16 => $other,
         }
     };
 }

@@ -3,7 +3,8 @@
 //! A run of 32 columns of 16 rows is eight vectors of 64 bytes; byte `lane * 4 + i` of vector `2 *
 //! j + half` is column `16 * half + 4 * j + i` of row `lane`: what `vpdpbusd` wants. 4- and 5-bit
 //! formats keep the vectors of a j as one: half 0 low, half 1 high; fifth bits are a mask of 64 for
-//! each vector.
+//! each vector. 6-bit formats do so too, and have two more vectors: the two top bits of vectors 0 to
+//! 3 and of 4 to 7, lowest first.
 //!
 //! A tile is one record of bytes, so that whoever reads it reads one stream.
 
@@ -18,6 +19,9 @@ use crate::memory::{Stretch, numbers};
 
 /// Runs of a super-block.
 const SUPER_RUNS: usize = 8;
+
+/// Where the top bits of a run of 6-bit quants begin.
+pub(crate) const TOPS: usize = 256;
 
 /// Bytes of a run's fifth bits, of all rows of a tile.
 pub(crate) const FIFTHS: usize = 64;
@@ -58,14 +62,18 @@ pub(crate) struct Record {
 
 /// Bytes of a run's quants, of all rows of a tile.
 pub(crate) const fn quant_bytes(bits: usize) -> usize {
-    if bits == 8 { 512 } else { 256 }
+    match bits {
+        8 => 512,
+        6 => TOPS + 128,
+        _ => 256,
+    }
 }
 
 impl Record {
     /// Of rows of `columns`, the first of which is `first_column` of a block.
     pub(crate) fn new<B: Blocks>(columns: usize, first_column: usize) -> Self {
         let (n_runs, first_run) = (columns / RUN, first_column / RUN);
-        let is_super = B::SCALES == Scales::Super;
+        let is_super = B::SCALES.is_super();
         let n_scales = if is_super { (first_run + n_runs).div_ceil(SUPER_RUNS) } else { n_runs };
         let scales = 2 * TILE_ROWS * n_scales;
         let integers = if is_super { TILE_ROWS * n_runs } else { 0 };
@@ -79,7 +87,7 @@ impl Record {
             quants: part(n_runs * quant_bytes(B::BITS)),
             fifths: part(if B::BITS == 5 { n_runs * FIFTHS } else { 0 }),
             d: part(scales),
-            m: part(if B::SCALES == Scales::Plain { 0 } else { scales }),
+            m: part(if B::SCALES.has_min() { scales } else { 0 }),
             sc: part(integers),
             mc: part(integers),
             len,
@@ -144,12 +152,12 @@ impl Record {
             }
         }
         let of_run = b * TILE_ROWS..(b + 1) * TILE_ROWS;
-        let scale = if B::SCALES == Scales::Super { (self.first_run + b) / SUPER_RUNS } else { b };
+        let scale = if B::SCALES.is_super() { (self.first_run + b) / SUPER_RUNS } else { b };
         store_scales(&mut record[self.d.clone()], scale, &rest.d);
-        if B::SCALES != Scales::Plain {
+        if B::SCALES.has_min() {
             store_scales(&mut record[self.m.clone()], scale, &rest.m);
         }
-        if B::SCALES == Scales::Super {
+        if B::SCALES.is_super() {
             record[self.sc.clone()][of_run.clone()].copy_from_slice(&rest.sc);
             record[self.mc.clone()][of_run].copy_from_slice(&rest.mc);
         }
@@ -181,8 +189,8 @@ impl Tiles {
         let w = self.tile::<B>(row / TILE_ROWS);
         let lane = row % TILE_ROWS;
         for (b, out) in out.chunks_exact_mut(RUN).enumerate() {
-            let (scale, min) = w.scale_and_min::<B>(b, lane);
             for (k, out) in out.iter_mut().enumerate() {
+                let (scale, min) = w.scale_and_min::<B>(b, lane, k / 16);
                 *out = scale * (w.integer::<B>(b, lane, k) - B::ZERO) as f32 + min + 0.0;
             }
         }
@@ -215,13 +223,18 @@ impl TileWeights<'_> {
     pub(crate) fn scale_at<B: Blocks>(&self, b: usize) -> usize {
         match B::SCALES {
             Scales::Plain | Scales::Min => b * TILE_ROWS,
-            Scales::Super => (self.first_run + b) / SUPER_RUNS * TILE_ROWS,
+            Scales::Super | Scales::Halves => (self.first_run + b) / SUPER_RUNS * TILE_ROWS,
         }
     }
 
-    /// Scale and min of a row's run; products of f16 and 6-bit integers are exact in f32.
+    /// Scale and min of half a row's run; products of f16 and 6-bit integers are exact in f32.
     #[inline(always)]
-    pub(crate) fn scale_and_min<B: Blocks>(&self, b: usize, lane: usize) -> (f32, f32) {
+    pub(crate) fn scale_and_min<B: Blocks>(
+        &self,
+        b: usize,
+        lane: usize,
+        half_run: usize,
+    ) -> (f32, f32) {
         let at = self.scale_at::<B>(b) + lane;
         let half = |bits: u16| f16::from_bits(bits).to_f32();
         match B::SCALES {
@@ -230,6 +243,10 @@ impl TileWeights<'_> {
             Scales::Super => {
                 let integer = |of: &[u8]| f32::from(of[b * TILE_ROWS + lane]);
                 (half(self.d[at]) * integer(self.sc), -(half(self.m[at]) * integer(self.mc)))
+            }
+            Scales::Halves => {
+                let integers = if half_run == 0 { self.sc } else { self.mc };
+                (half(self.d[at]) * f32::from(integers[b * TILE_ROWS + lane] as i8), 0.0)
             }
         }
     }
@@ -243,10 +260,11 @@ impl TileWeights<'_> {
             return i32::from(quants[vector * 64 + byte]);
         }
         let low = (quants[vector / 2 * 64 + byte] >> (vector % 2 * 4)) & 15;
-        let fifth = match B::BITS {
+        let top = match B::BITS {
             5 => (self.fifths[b * FIFTHS + vector * 8 + byte / 8] >> (byte % 8)) & 1,
+            6 => (quants[TOPS + vector / 4 * 64 + byte] >> (vector % 4 * 2)) & 3,
             _ => 0,
         };
-        i32::from(low | fifth << 4)
+        i32::from(low | top << 4)
     }
 }

@@ -14,6 +14,7 @@ use evener_kernels::activation::{Activation, Precision};
 use evener_kernels::attention::{self, Heads, KvCache, Rows, Scratch, attend};
 use evener_kernels::elementwise::silu_gate;
 use evener_kernels::linear::{self, Input, Sum, linear, linear_parts};
+use evener_kernels::memory::prefer_huge;
 use evener_kernels::norm::rms_norm;
 use evener_kernels::peaks::{n_peaks, peaks};
 use evener_kernels::rope::{self, rotate};
@@ -104,6 +105,7 @@ impl Rank {
             program.buffers.iter().map(|b| vec![0.0; b.n_parts * tokens * b.columns]).collect();
         let (n_kv_heads, head_dim) = (program.n_kv_heads, program.head_dim);
         let new_cache = || KvCache::new(options.kv_format, n_kv_blocks, n_kv_heads, head_dim);
+        buffers.iter().for_each(|buffer| prefer_huge(buffer));
         let caches = (0..program.n_layers).map(|_| new_cache()).collect::<std::io::Result<_>>()?;
         Ok(Self {
             isa,
