@@ -32,7 +32,7 @@ impl<'a> Row<'a> {
 
 pub(super) fn run(isa: Isa, w: &Dense, tiles: Range<usize>, rows: Range<usize>, task: &Task<'_>) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Vnni && is_x86_feature_detected!("avx512bf16") {
+    if matches!(isa, Isa::Avx512Amx | Isa::Avx512Vnni) && is_x86_feature_detected!("avx512bf16") {
         return run_pairs(w, tiles, rows, task);
     }
     for tile in tiles {
