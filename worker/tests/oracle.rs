@@ -43,11 +43,10 @@ struct Criteria {
 const REORDERED: Criteria =
     Criteria { min_top_1: 0.995, max_perplexity: 1e-4, max_difference: 0.01 };
 
-/// Activations are rounded to 16 bits, in blocks of 32 columns, before each of 211 matrices: a step
-/// is a
-/// 32512th of a block's maximum. 0.31 was measured with keys and values in f32, 0.39 in f16; the bound
+/// Activations are rounded to 12 bits, in blocks of up to 256 columns, before each of 211 matrices:
+/// a step is a 2032nd of a block's maximum. 0.31 was measured with keys and values in f32, 0.39 in f16; the bound
 /// leaves room for other texts and machines.
-const ROUNDED_16: Criteria =
+const ROUNDED_12: Criteria =
     Criteria { min_top_1: 0.99, max_perplexity: 0.005, max_difference: 0.5 };
 
 /// The oracle as it comes rounds activations to 8 bits itself, and so chooses another token than
@@ -231,9 +230,9 @@ fn reference_agrees_with_the_oracle_for_any_split() {
 #[test]
 fn cpu_agrees_with_the_oracle() {
     for kv_format in [KvFormat::F32, KvFormat::F16] {
-        check(Kind::Cpu, &[1], N_POSITIONS, kv_format, ROUNDED_16);
+        check(Kind::Cpu, &[1], N_POSITIONS, kv_format, ROUNDED_12);
     }
-    check(Kind::Cpu, &[3, 2, 2], N_SHORT, KvFormat::F16, ROUNDED_16);
+    check(Kind::Cpu, &[3, 2, 2], N_SHORT, KvFormat::F16, ROUNDED_12);
 }
 
 #[test]
