@@ -207,6 +207,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { _mm512_loadu_ps(from) }
         }
 
@@ -222,6 +223,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_i8(from: *const u8) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
         }
 
@@ -238,6 +240,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { _mm512_mul_ps(a, b) }
         }
 
@@ -253,6 +256,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { _mm512_max_ps(a, b) }
         }
 
@@ -269,6 +273,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn power_of_2(v: Self::V) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe {
                 let n = _mm512_add_epi32(_mm512_cvttps_epi32(v), _mm512_set1_epi32(127));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(n))
@@ -285,6 +290,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
+            // SAFETY: the trait's promise.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
@@ -313,6 +319,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
         }
 
@@ -326,6 +333,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_f16(from: *const u8) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe {
                 let (low, high) = (_mm_loadu_si128(from.cast()), from.add(16).cast());
                 [_mm256_cvtph_ps(low), _mm256_cvtph_ps(_mm_loadu_si128(high))]
@@ -344,6 +352,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_f16(to: *mut u16, v: Self::V) {
             const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+            // SAFETY: the trait's promise.
             unsafe {
                 _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<NEAREST>(v[0]));
                 _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(v[1]));
@@ -357,6 +366,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
         }
 
@@ -372,6 +382,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
         }
 
@@ -384,6 +395,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
         }
 
@@ -402,6 +414,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn zero_below(v: Self::V, x: Self::V, bound: f32) -> Self::V {
+            // SAFETY: the trait's promise.
             unsafe {
                 let bound = _mm256_set1_ps(bound);
                 let below = [
@@ -414,6 +427,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
+            // SAFETY: the trait's promise.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
