@@ -88,7 +88,7 @@ pub struct Shape {
 #[command(after_help = EXAMPLES)]
 pub struct Options {
     /// PATH of a GGUF file, NAME of one in EVENER_MODELS (directories, separated by colons) or
-    /// .cache/models, or a model of random weights: synthetic:SHAPE:FORMAT[:LAYERS].
+    /// .cache/models, or a model of random weights: synthetic:SHAPE:FORMAT, or with :LAYERS after it.
     #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME")]
     pub model: String,
     /// Name it is served under; default: the file's stem.
