@@ -44,9 +44,6 @@ type Lanes = [f32; TILE_ROWS];
 type Sums = [Lanes; GROUP];
 
 /// A thread's working memory.
-///
-/// Products lie where loads of activations and weights under way do not have the same 12 low bits
-/// of address: the CPU would take them for loads of what is being stored.
 #[repr(C, align(4096))]
 struct Scratch {
     /// Weights of a window as tiles of bytes. `[run, 8 or 16, 64]`
@@ -122,7 +119,7 @@ pub(crate) unsafe fn run_tile<'a, B: Blocks, const TERMS: usize>(
     });
 }
 
-/// One tile of weights and up to four groups of activations.
+/// One tile of weights and up to [`MAX_GROUPS`] groups of activations.
 struct Pass<'a, 'b> {
     w: &'b TileWeights<'b>,
     groups: &'b [Option<Group<'a>>; MAX_GROUPS],
@@ -245,7 +242,7 @@ impl Pass<'_, '_> {
 
     /// Adds a group's products of a scale to its sums.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn add<B: Blocks, const TERMS: usize, const ROWS: usize>(
+    fn add<B: Blocks, const TERMS: usize, const ROWS: usize>(
         &mut self,
         g: usize,
         place: &mut Place,
@@ -253,17 +250,14 @@ impl Pass<'_, '_> {
     ) {
         let group = self.groups[g].as_ref().expect("a group of the pass");
         let n = end - place.run;
-        // SAFETY: the window has these runs, and the group their sums and scales.
-        unsafe {
-            add_scale::<B, TERMS, ROWS>(
-                &self.scratch.products[LAG..],
-                &self.scratch.scale[..n],
-                &self.scratch.min[..n],
-                &group.sum[place.run * GROUP..end * GROUP],
-                &group.d[place.scale * GROUP..(place.scale + 1) * GROUP],
-                &mut self.scratch.total[g],
-            );
-        }
+        add_scale::<B, TERMS, ROWS>(
+            &self.scratch.products[LAG..],
+            &self.scratch.scale[..n],
+            &self.scratch.min[..n],
+            &group.sum[place.run * GROUP..end * GROUP],
+            &group.d[place.scale * GROUP..(place.scale + 1) * GROUP],
+            &mut self.scratch.total[g],
+        );
         place.run = end;
         place.scale += 1;
         if place.run.is_multiple_of(self.sum.leaf_columns / RUN) {
@@ -306,7 +300,7 @@ impl Pass<'_, '_> {
 /// Adds the products of a scale's runs, scaled, to a leaf's sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-unsafe fn add_scale<B: Blocks, const TERMS: usize, const ROWS: usize>(
+fn add_scale<B: Blocks, const TERMS: usize, const ROWS: usize>(
     products: &[[[i32; TILE_ROWS]; GROUP]],
     scale: &[Lanes],
     min: &[Lanes],
