@@ -230,6 +230,12 @@ impl Options {
                  FILE to make one of it"
             );
         }
+        if let Some(program) = &self.compare_llama_cpp
+            && program.components().count() > 1
+            && !program.is_file()
+        {
+            bail!("--compare-llama-cpp {}: no such program; name llama-bench", program.display());
+        }
         Ok(())
     }
 
@@ -447,6 +453,7 @@ mod tests {
         assert!(refused(&["--prefill", "0"]).contains("--prefill 0"));
         let compare = ["--synthetic", "llama-1b", "--compare-llama-cpp", "x"];
         assert!(refused(&compare).contains("--save FILE"));
+        assert!(refused(&["--compare-llama-cpp", "/no/llama-bench"]).contains("no such program"));
         let save = ["--synthetic", "llama-1b", "--format", "q4_0,q8_0", "--save", "x"];
         assert!(refused(&save).contains("one --format"));
         assert!(
