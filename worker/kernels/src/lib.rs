@@ -29,6 +29,8 @@ pub mod softmax;
 mod dense;
 mod lanes;
 mod math;
+#[cfg(target_arch = "x86_64")]
+mod tile_registers;
 
 pub use isa::Isa;
 pub use matrix::Matrix;

@@ -1,8 +1,9 @@
 //! `out = x * w^T` over packed tiles: whole rows, or leaf by leaf for a split sum.
 //!
 //! One kernel family for any number of rows of activations. The order of float operations of an
-//! output element: runs of 32 columns in order within a scale, scales in order within a leaf,
-//! leaves by the given merges. It does not depend on how many rows, tiles or threads there are.
+//! output element: runs of 32 columns in order within a scale (of formats whose runs are summed as
+//! integers: super-blocks), scales in order within a leaf, leaves by the given merges. It does not
+//! depend on how many rows, tiles or threads there are.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -13,11 +14,11 @@ use crate::dense;
 use crate::isa::Isa;
 use crate::matrix::{Matrix, TILE_ROWS, Weights};
 use crate::pool::{Pool, Shards, part};
-use crate::quant::blocks::{Blocks, Scales};
+use crate::quant::blocks::Blocks;
 use crate::quant::{portable, with_blocks};
 
 #[cfg(target_arch = "x86_64")]
-use crate::quant::amx;
+use crate::quant::{amx, avx512};
 
 /// Most rows of activations that one pass of vectors over a tile serves.
 const MAX_ROWS: usize = 8;
@@ -77,7 +78,7 @@ pub(crate) struct TileWeights<'a> {
 pub(crate) struct Group<'a> {
     pub(crate) q: &'a [i8],
     pub(crate) sum: &'a [f32],
-    pub(crate) isum: &'a [i32],
+    pub(crate) halves: &'a [[i16; 2]],
     pub(crate) d: &'a [f32],
     /// Row of the step at which the group begins.
     pub(crate) first: usize,
@@ -221,9 +222,9 @@ impl<'a> Step<'a> {
         let (scratch, shape) = (self.scratch, self.scratch.shape);
         let runs = shape.n_runs * GROUP;
         Group {
-            q: slice(scratch.q(), group, runs * BLOCK * scratch.precision.terms()),
+            q: slice(scratch.q(), group, shape.group_len(scratch.precision.terms())),
             sum: slice(&scratch.sum, group, runs),
-            isum: slice(&scratch.isum, group, 2 * runs),
+            halves: slice(&scratch.halves, group, runs),
             d: slice(&scratch.d, group, shape.n_scales * GROUP),
             first: group * GROUP,
         }
@@ -244,19 +245,58 @@ impl Job<'_> {
             };
             return dense::run(step.isa, step.scratch.precision, w, tiles, rows, &task);
         }
+        #[cfg(target_arch = "x86_64")]
+        if step.isa == Isa::Avx512Amx
+            && step.scratch.precision == Precision::Int12
+            && rows.len() >= amx::MIN_ROWS
+        {
+            return self.tiles_by_registers(step, tiles, rows);
+        }
         for tile in tiles {
             self.tile(step, tile, rows.clone());
         }
     }
 
-    fn tile(&self, step: &Step<'_>, tile: usize, rows: Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    fn tiles_by_registers(&self, step: &Step<'_>, tiles: Range<usize>, rows: Range<usize>) {
+        let Weights::Quantised(weights) = &self.weight.weights else {
+            unreachable!("`tiles` took the others")
+        };
+        let group = |group| step.group(group);
+        with_blocks!(self.weight.format, B => {
+            let at_once = amx::tiles_at_once::<B>();
+            for first in tiles.clone().step_by(at_once) {
+                let end = tiles.end.min(first + at_once);
+                let store = |t: usize, p: usize, row: usize, values: &[f32; TILE_ROWS]| {
+                    self.store(step, first + t, p, row, values);
+                };
+                let w = [weights.tile::<B>(first), weights.tile::<B>(end - 1)];
+                let (w, rows) = (&w[..end - first], rows.clone());
+                // SAFETY: this instruction set was detected on this CPU.
+                unsafe { amx::run_tiles::<B>(w, rows, &group, step.sum, &store) };
+            }
+        }, _ => unreachable!("quantised formats have blocks"));
+    }
+
+    fn store(
+        &self,
+        step: &Step<'_>,
+        tile: usize,
+        part: usize,
+        row: usize,
+        values: &[f32; TILE_ROWS],
+    ) {
         let first_column = tile * TILE_ROWS;
         let n = (self.weight.rows - first_column).min(TILE_ROWS);
+        let at = (part * step.rows + row) * self.weight.rows + first_column;
+        // SAFETY: a tile's columns of some rows of the output belong to the one thread that runs
+        // this piece.
+        unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
+    }
+
+    fn tile(&self, step: &Step<'_>, tile: usize, rows: Range<usize>) {
         let store = |p: usize, row: usize, values: &[f32; TILE_ROWS]| {
-            let at = (p * step.rows + row) * self.weight.rows + first_column;
-            // SAFETY: a tile's columns of some rows of the output belong to the one thread that
-            // runs this piece.
-            unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
+            self.store(step, tile, p, row, values);
         };
         match &self.weight.weights {
             Weights::Quantised(tiles) => with_blocks!(self.weight.format, B => {
@@ -277,17 +317,6 @@ impl Job<'_> {
         rows: Range<usize>,
         store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
     ) {
-        #[cfg(target_arch = "x86_64")]
-        if step.isa == Isa::Avx512Amx
-            && TERMS == 2
-            && B::SCALES != Scales::Halves
-            && rows.len() >= amx::MIN_ROWS
-        {
-            let group = |group| step.group(group);
-            // SAFETY: this instruction set was detected on this CPU.
-            unsafe { amx::run_tile::<B, TERMS>(w, rows, &group, step.sum, &store) };
-            return;
-        }
         self.by_rows(step, rows, |x, row, n| match n {
             8 => run_tile::<B, 8, TERMS>(step.isa, w, x, row, step.sum, &store),
             4 => run_tile::<B, 4, TERMS>(step.isa, w, x, row, step.sum, &store),
@@ -321,18 +350,18 @@ fn slice<T>(all: &[T], group: usize, len: usize) -> &[T] {
     all.get(group * len..(group + 1) * len).unwrap_or(&[])
 }
 
-/// The k-th integer of a run of activations, of one or two terms.
+/// The k-th integer of a run of activations, of one or two terms, which begins with `q`.
 #[inline(always)]
 pub(crate) fn integer(terms: usize, q: &[i8], k: usize) -> i32 {
     if terms == 1 { i32::from(q[k]) } else { 16 * i32::from(q[k]) + i32::from(q[BLOCK + k]) }
 }
 
-/// The loop over parts, leaves, scales and runs, for any kernel and accumulator. `$run` adds a run
-/// to a scale's sum, `$fold` adds that to a leaf's.
+/// The loop over parts, leaves and scales, for any kernel and accumulator. `$scale` adds the runs
+/// of a scale to a leaf's sums.
 macro_rules! sum_leaves {
     (
-        $M:ident, $sum:expr, $scale_runs:expr, $zero:expr, $add:expr, $lanes:expr, $run:expr,
-        $fold:expr, $store:expr
+        $M:ident, $sum:expr, $scale_runs:expr, $zero:expr, $add:expr, $lanes:expr, $scale:expr,
+        $store:expr
     ) => {{
         // Not cleared: a tile is done in about a microsecond, and clearing this would show.
         let mut stack = [const { MaybeUninit::uninit() }; MAX_DEPTH];
@@ -344,13 +373,9 @@ macro_rules! sum_leaves {
                 let mut total = [$zero; $M];
                 let leaf_end = b + n_runs;
                 while b < leaf_end {
-                    let mut acc = [$zero; $M];
-                    for _ in 0..$scale_runs.min(leaf_end - b) {
-                        $run(b, &mut acc);
-                        b += 1;
-                    }
-                    $fold(scale, &acc, &mut total);
-                    scale += 1;
+                    let end = leaf_end.min(b + $scale_runs);
+                    $scale(scale, b..end, &mut total);
+                    (b, scale) = (end, scale + 1);
                 }
                 for _ in 0..$sum.merges[leaf] {
                     top -= 1;
@@ -391,8 +416,8 @@ fn run_tile_portable<B: Blocks, const M: usize, const TERMS: usize>(
     store: impl Fn(usize, usize, &[f32; TILE_ROWS]),
 ) {
     let same = |lanes: [f32; TILE_ROWS]| lanes;
-    let run = |b, acc: &mut _| portable::run::<B, M, TERMS>(w, b, x, first, acc);
-    let fold = |scale: usize, acc: &[[f32; TILE_ROWS]; M], total: &mut [[f32; TILE_ROWS]; M]| {
+    let scale = |scale: usize, runs, total: &mut [[f32; TILE_ROWS]; M]| {
+        let acc = portable::runs::<B, M, TERMS>(w, runs, x, first);
         for row in 0..M {
             let d = x.d[scale * GROUP + first + row];
             for lane in 0..TILE_ROWS {
@@ -402,7 +427,7 @@ fn run_tile_portable<B: Blocks, const M: usize, const TERMS: usize>(
     };
     let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);
     let scale_runs = scale_runs::<TERMS>();
-    sum_leaves!(M, sum, scale_runs, [0f32; TILE_ROWS], add_lanes, same, run, fold, store);
+    sum_leaves!(M, sum, scale_runs, [0f32; TILE_ROWS], add_lanes, same, scale, store);
 }
 
 /// Runs that may share a scale.
@@ -440,8 +465,8 @@ fn run_tile_avx512<B: Blocks, const M: usize, const TERMS: usize>(
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
         out
     };
-    let run = |b, acc: &mut _| crate::quant::avx512::run::<B, M, TERMS>(w, b, x, first, acc);
-    let fold = |scale: usize, acc: &[__m512; M], total: &mut [__m512; M]| {
+    let scale = |scale: usize, runs, total: &mut [__m512; M]| {
+        let acc = avx512::runs::<B, M, TERMS>(w, runs, x, first);
         for row in 0..M {
             let d = _mm512_set1_ps(x.d[scale * GROUP + first + row]);
             total[row] = _mm512_fmadd_ps(acc[row], d, total[row]);
@@ -450,7 +475,7 @@ fn run_tile_avx512<B: Blocks, const M: usize, const TERMS: usize>(
     let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);
     let zero = _mm512_setzero_ps();
     let scale_runs = scale_runs::<TERMS>();
-    sum_leaves!(M, sum, scale_runs, zero, _mm512_add_ps, lanes, run, fold, store);
+    sum_leaves!(M, sum, scale_runs, zero, _mm512_add_ps, lanes, scale, store);
 }
 
 #[inline]

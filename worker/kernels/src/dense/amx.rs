@@ -15,6 +15,7 @@ use super::{Dense, Task};
 use crate::activation::BLOCK;
 use crate::linear::MAX_DEPTH;
 use crate::matrix::TILE_ROWS;
+use crate::tile_registers;
 
 /// Weight tiles that stay in the second-level cache while all rows pass.
 const KEPT_BYTES: usize = 1 << 20;
@@ -162,19 +163,8 @@ impl Products {
     }
 }
 
-/// The thread's tile registers while they are configured: 0 to 3 products (`2 * group + tile`), 4
-/// and 5 activations, 6 and 7 weights.
-struct Registers(());
-
-/// What `ldtilecfg` reads (Intel SDM, volume 1, table 18-1).
-#[repr(C, align(64))]
-struct Configuration {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
+/// Products (`2 * group + tile`) are in registers 0 to 3, activations in 4 and 5, weights in 6 and 7.
+struct Registers(tile_registers::Registers);
 
 impl Registers {
     /// For activations of up to `rows` term rows.
@@ -182,22 +172,10 @@ impl Registers {
     /// # Safety
     /// The CPU has AMX, and the system lets us use it.
     unsafe fn configure(rows: usize) -> Self {
-        let mut configuration = Configuration {
-            palette: 1,
-            start_row: 0,
-            reserved: [0; 14],
-            row_bytes: [0; 16],
-            rows: [0; 16],
-        };
-        configuration.row_bytes[..8].fill(64);
-        configuration.rows[..6].fill(rows as u8);
-        configuration.rows[6..8].fill(16);
-        // SAFETY: by the caller's promise; the configuration is one of palette 1.
-        unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const configuration,
-                options(nostack, preserves_flags, readonly));
-        }
-        Self(())
+        let mut shapes = [(rows, 64); 8];
+        shapes[6..].fill((16, 64));
+        // SAFETY: by the caller's promise.
+        Self(unsafe { tile_registers::Registers::configure(shapes) })
     }
 
     /// Blocks of one or two groups times those of two tiles, from zero.
@@ -220,13 +198,6 @@ impl Registers {
                 one_group(a[0].as_ptr(), b, n_blocks, products);
             }
         }
-    }
-}
-
-impl Drop for Registers {
-    fn drop(&mut self) {
-        // SAFETY: they were configured, and nothing in them is wanted.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
 }
 

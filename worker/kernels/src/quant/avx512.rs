@@ -1,66 +1,83 @@
-//! The dot product of a run with `vpdpbusd`: unsigned weights, signed activations, 16 rows in the
+//! The dot products of runs with `vpdpbusd`: unsigned weights, signed activations, 16 rows in the
 //! lanes.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::blocks::{Blocks, RUN, Scales};
 use super::tiles::{FIFTHS, TOPS, quant_bytes};
-use crate::activation::GROUP;
+use crate::activation::{GROUP, place};
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
 /// Bytes that a lone row of activations fetches ahead.
 const AHEAD: usize = 2048;
 
-/// [`super::portable::run`] to the bit. One activation term is summed in two chains, two terms in
-/// one chain each.
+type Sums<const M: usize> = [__m512; M];
+
+/// Columns of a run that a dot product is of.
+const ALL: u8 = 0;
+const LEFT: u8 = 1;
+const RIGHT: u8 = 2;
+
+/// [`super::portable::runs`] to the bit.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
+pub(crate) fn runs<B: Blocks, const M: usize, const TERMS: usize>(
+    w: &TileWeights<'_>,
+    runs: Range<usize>,
+    x: &Group<'_>,
+    first: usize,
+) -> Sums<M> {
+    debug_assert!(w.quants.len() >= runs.end * quant_bytes(B::BITS));
+    debug_assert!(x.sum.len() >= runs.end * GROUP && first + M <= GROUP);
+    let mut acc = [_mm512_setzero_ps(); M];
+    // SAFETY: the tile has these runs (callers loop over its runs; asserted above in debug builds),
+    // with scales for 16 rows, and every row of activations has 32 columns of each.
+    unsafe {
+        if !B::SCALES.sums_integers() {
+            for b in runs {
+                run::<B, M, TERMS>(w, b, x, first, &mut acc);
+            }
+            return acc;
+        }
+        let mut start = runs.start;
+        while start < runs.end {
+            let end = w.block_end(start).min(runs.end);
+            super_runs::<B, M, TERMS>(w, start..end, x, first, &mut acc);
+            start = end;
+        }
+    }
+    acc
+}
+
+/// Adds run b's products to the sums.
+///
+/// # Safety
+/// Weights and activations have run b.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     b: usize,
     x: &Group<'_>,
     first: usize,
-    acc: &mut [__m512; M],
+    acc: &mut Sums<M>,
 ) {
-    if B::SCALES == Scales::Halves {
-        return run_halves::<B, M, TERMS>(w, b, x, first, acc);
-    }
-    debug_assert!(w.quants.len() >= (b + 1) * quant_bytes(B::BITS));
-    debug_assert!(x.q.len() >= (b + 1) * GROUP * RUN * TERMS && first + M <= GROUP);
-    let at = b * GROUP + first;
-    let (mut one, mut two) = ([_mm512_setzero_si512(); M], [_mm512_setzero_si512(); M]);
-    // SAFETY: the tile has run b (callers loop over its runs; asserted above in debug builds), with
-    // scales for 16 rows, and every row of activations has 32 columns of it.
+    // SAFETY: the caller's promise.
     unsafe {
+        let mut offsets = [_mm512_setzero_si512(); M];
         if B::ZERO != 0 {
+            let zero = _mm512_set1_epi16(-B::ZERO as i16);
             for row in 0..M {
-                let isum = x.isum.get_unchecked(2 * b * GROUP + first + row);
-                let offset = isum.wrapping_mul(-B::ZERO);
-                two[row] = _mm512_set1_epi32(offset);
+                offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), zero);
             }
         }
-        for j in 0..4 {
-            let (left, right) = vectors::<B, M>(w, b, j);
-            for row in 0..M {
-                let q = x.q.as_ptr().add((at + row) * RUN * TERMS + j * 4);
-                let four = |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
-                one[row] = _mm512_dpbusd_epi32(one[row], left, four(0));
-                if TERMS == 1 {
-                    two[row] = _mm512_dpbusd_epi32(two[row], right, four(16));
-                } else {
-                    two[row] = _mm512_dpbusd_epi32(two[row], left, four(RUN));
-                    one[row] = _mm512_dpbusd_epi32(one[row], right, four(16));
-                    two[row] = _mm512_dpbusd_epi32(two[row], right, four(RUN + 16));
-                }
-            }
-        }
+        let dots = dots::<B, M, TERMS, ALL>(w, b, x, first, offsets);
         let (scale, min) = scales::<B>(w, b);
         for row in 0..M {
-            let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<4>(one[row]) };
-            let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
-            acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
-            let sum = || _mm512_set1_ps(*x.sum.get_unchecked(at + row));
+            acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, acc[row]);
+            let sum = || _mm512_set1_ps(*x.sum.get_unchecked(b * GROUP + first + row));
             acc[row] = match B::SCALES {
                 Scales::Plain | Scales::Halves => acc[row],
                 Scales::Min => _mm512_fmadd_ps(min, sum(), acc[row]),
@@ -70,54 +87,132 @@ pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
     }
 }
 
-/// As [`run`], for formats with a scale for each half of a run: one half after the other.
+/// Adds the products of runs of one super-block, which are summed as integers.
+///
+/// # Safety
+/// Weights and activations have these runs, weights in one super-block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-fn run_halves<B: Blocks, const M: usize, const TERMS: usize>(
+unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
-    b: usize,
+    runs: Range<usize>,
     x: &Group<'_>,
     first: usize,
-    acc: &mut [__m512; M],
+    acc: &mut Sums<M>,
 ) {
-    let at = b * GROUP + first;
-    // SAFETY: as in `run`.
+    let nothing = [_mm512_setzero_si512(); M];
+    let (mut sums, mut offsets) = (nothing, nothing);
+    // SAFETY: the caller's promise.
     unsafe {
-        let (left_scale, right_scale) = scales::<B>(w, b);
-        for (half, scale) in [left_scale, right_scale].into_iter().enumerate() {
-            let (mut one, mut two) = ([_mm512_setzero_si512(); M], [_mm512_setzero_si512(); M]);
-            for row in 0..M {
-                let isum = |at: usize| *x.isum.get_unchecked(2 * b * GROUP + at + first + row);
-                let isum = if half == 0 { isum(GROUP) } else { isum(0).wrapping_sub(isum(GROUP)) };
-                two[row] = _mm512_set1_epi32(isum.wrapping_mul(-B::ZERO));
-            }
-            for j in 0..4 {
-                let (left, right) = vectors::<B, M>(w, b, j);
-                let u = if half == 0 { left } else { right };
-                for row in 0..M {
-                    let q = x.q.as_ptr().add((at + row) * RUN * TERMS + half * 16 + j * 4);
-                    let four =
-                        |at: usize| _mm512_set1_epi32(q.add(at).cast::<i32>().read_unaligned());
-                    one[row] = _mm512_dpbusd_epi32(one[row], u, four(0));
-                    if TERMS == 2 {
-                        two[row] = _mm512_dpbusd_epi32(two[row], u, four(RUN));
-                    }
+        for b in runs.clone() {
+            let (left, right) = integer_scales(w, b);
+            let add = |sums: &mut [__m512i; M], dots: [__m512i; M], scale| {
+                for (sum, dot) in sums.iter_mut().zip(dots) {
+                    *sum = _mm512_add_epi32(*sum, _mm512_mullo_epi32(dot, scale));
                 }
-            }
+            };
+            add(&mut sums, dots::<B, M, TERMS, LEFT>(w, b, x, first, nothing), left);
+            add(&mut sums, dots::<B, M, TERMS, RIGHT>(w, b, x, first, nothing), right);
+        }
+        // What zero's integer adds, from the sums of the activations.
+        for b in runs.clone() {
+            let (left, right) = integer_scales(w, b);
+            let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, left, _mm512_slli_epi32::<16>(right));
+            let both = _mm512_mullo_epi16(both, _mm512_set1_epi16(B::ZERO as i16));
             for row in 0..M {
-                let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<4>(one[row]) };
-                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(high, two[row]));
-                acc[row] = _mm512_fmadd_ps(dot, scale, acc[row]);
+                offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), both);
             }
+        }
+        let d = w.d.as_ptr().add(w.scale_at::<B>(runs.start));
+        let d = _mm512_cvtph_ps(_mm256_loadu_si256(d.cast()));
+        for row in 0..M {
+            let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[row], offsets[row]));
+            acc[row] = _mm512_fmadd_ps(sum, d, acc[row]);
         }
     }
 }
 
-/// Scale and min of a run, min with the sign that its format stores; of [`Scales::Halves`] the
-/// scales of both halves.
+/// Dot products of a run's columns, or of half of them, added to `from`. One activation term is
+/// summed in two chains, two terms in one chain each.
+///
+/// # Safety
+/// Weights and activations have run b.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
+    w: &TileWeights<'_>,
+    b: usize,
+    x: &Group<'_>,
+    first: usize,
+    from: [__m512i; M],
+) -> [__m512i; M] {
+    let (mut one, mut two) = ([_mm512_setzero_si512(); M], from);
+    for j in 0..4 {
+        // SAFETY: the caller's promise.
+        let (left, right) = unsafe { vectors::<B, M>(w, b, j) };
+        for row in 0..M {
+            let four = |term: usize, column: usize| {
+                let at = place(TERMS, b, first + row) + term * RUN + column;
+                // SAFETY: as above.
+                _mm512_set1_epi32(unsafe { x.q.as_ptr().add(at).cast::<i32>().read_unaligned() })
+            };
+            let (one, two) = (&mut one[row], &mut two[row]);
+            if PART != RIGHT {
+                *one = _mm512_dpbusd_epi32(*one, left, four(0, 4 * j));
+            }
+            if TERMS == 2 {
+                if PART != RIGHT {
+                    *two = _mm512_dpbusd_epi32(*two, left, four(1, 4 * j));
+                }
+                if PART != LEFT {
+                    *one = _mm512_dpbusd_epi32(*one, right, four(0, 16 + 4 * j));
+                    *two = _mm512_dpbusd_epi32(*two, right, four(1, 16 + 4 * j));
+                }
+            } else if PART != LEFT {
+                *two = _mm512_dpbusd_epi32(*two, right, four(0, 16 + 4 * j));
+            }
+        }
+    }
+    std::array::from_fn(|row| {
+        let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<4>(one[row]) };
+        _mm512_add_epi32(high, two[row])
+    })
+}
+
+/// The sums of both halves of a row's run, in all lanes.
+///
+/// # Safety
+/// The group has run b.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn halves(x: &Group<'_>, b: usize, row: usize) -> __m512i {
+    // SAFETY: the caller's promise; a pair of 16 bits is 32, of any alignment.
+    unsafe {
+        let pair = x.halves.as_ptr().add(b * GROUP + row).cast::<i32>();
+        _mm512_set1_epi32(pair.read_unaligned())
+    }
+}
+
+/// Integer scales of both halves of a run.
 ///
 /// # Safety
 /// The tile has run b.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn integer_scales(w: &TileWeights<'_>, b: usize) -> (__m512i, __m512i) {
+    // SAFETY: scales are there for 16 rows of every run the tile has.
+    unsafe {
+        let signed = |of: &[u8]| {
+            _mm512_cvtepi8_epi32(_mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast()))
+        };
+        (signed(w.sc), signed(w.mc))
+    }
+}
+
+/// Scale and min of a run, min with the sign that its format stores.
+///
+/// # Safety
+/// The tile has run b, and its runs have scales of their own.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) unsafe fn scales<B: Blocks>(w: &TileWeights<'_>, b: usize) -> (__m512, __m512) {
@@ -131,22 +226,13 @@ pub(super) unsafe fn scales<B: Blocks>(w: &TileWeights<'_>, b: usize) -> (__m512
             let bytes = _mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast());
             _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
         };
-        let signed = |of: &[u8]| {
-            let bytes = _mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast());
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
-        };
-        let scale = match B::SCALES {
-            Scales::Plain | Scales::Min => half(w.d),
-            Scales::Super => _mm512_mul_ps(half(w.d), integers(w.sc)),
-            Scales::Halves => _mm512_mul_ps(half(w.d), signed(w.sc)),
-        };
-        let min = match B::SCALES {
-            Scales::Plain => _mm512_setzero_ps(),
-            Scales::Halves => _mm512_mul_ps(half(w.d), signed(w.mc)),
-            Scales::Min => half(w.m),
-            Scales::Super => _mm512_mul_ps(half(w.m), integers(w.mc)),
-        };
-        (scale, min)
+        match B::SCALES {
+            Scales::Plain | Scales::Halves => (half(w.d), _mm512_setzero_ps()),
+            Scales::Min => (half(w.d), half(w.m)),
+            Scales::Super => {
+                (_mm512_mul_ps(half(w.d), integers(w.sc)), _mm512_mul_ps(half(w.m), integers(w.mc)))
+            }
+        }
     }
 }
 

@@ -28,6 +28,12 @@ impl Scales {
         matches!(self, Self::Min | Self::Super)
     }
 
+    /// Whether the runs of a super-block are summed as integers before they become floats: their
+    /// integer scales are too many to do it run by run.
+    pub(crate) const fn sums_integers(self) -> bool {
+        matches!(self, Self::Halves)
+    }
+
     /// Whether f16 scales are those of 256 columns.
     pub(crate) const fn is_super(self) -> bool {
         matches!(self, Self::Super | Self::Halves)

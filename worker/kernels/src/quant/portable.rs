@@ -1,42 +1,93 @@
-//! The dot product of a run in plain Rust: the reference of the fast kernels, and the kernel of
+//! The dot product of some runs in plain Rust: the reference of the fast kernels, and the kernel of
 //! machines that have none.
 
 use std::ops::Range;
 
-use super::blocks::{Blocks, RUN, Scales};
-use crate::activation::GROUP;
+use half::f16;
+
+use super::blocks::{Blocks, RUN};
+use crate::activation::{GROUP, place};
 use crate::linear::{Group, TileWeights, integer};
 use crate::matrix::TILE_ROWS;
 
+type Lanes = [f32; TILE_ROWS];
+
+/// The products of an activation scale's runs with M rows of activations, in the weights' scales.
+#[inline(always)]
+pub(crate) fn runs<B: Blocks, const M: usize, const TERMS: usize>(
+    w: &TileWeights<'_>,
+    runs: Range<usize>,
+    x: &Group<'_>,
+    first: usize,
+) -> [Lanes; M] {
+    let mut acc = [[0.0; TILE_ROWS]; M];
+    if !B::SCALES.sums_integers() {
+        for b in runs {
+            run::<B, M, TERMS>(w, b, x, first, &mut acc);
+        }
+        return acc;
+    }
+    let mut start = runs.start;
+    while start < runs.end {
+        let end = w.block_end(start).min(runs.end);
+        super_runs::<B, M, TERMS>(w, start..end, x, first, &mut acc);
+        start = end;
+    }
+    acc
+}
+
 /// Adds run b's products to the sums of M rows of activations.
 #[inline(always)]
-pub(crate) fn run<B: Blocks, const M: usize, const TERMS: usize>(
+fn run<B: Blocks, const M: usize, const TERMS: usize>(
     w: &TileWeights<'_>,
     b: usize,
     x: &Group<'_>,
     first: usize,
-    acc: &mut [[f32; TILE_ROWS]; M],
+    acc: &mut [Lanes; M],
 ) {
     for lane in 0..TILE_ROWS {
         let u: [i32; RUN] = std::array::from_fn(|k| w.integer::<B>(b, lane, k) - B::ZERO);
         let (scale, min) = w.scale_and_min::<B>(b, lane, 0);
-        let (second_scale, _) = w.scale_and_min::<B>(b, lane, 1);
         for row in 0..M {
-            let at = b * GROUP + first + row;
-            let q = &x.q[at * RUN * TERMS..(at + 1) * RUN * TERMS];
-            let dot = |columns: Range<usize>| {
-                columns.fold(0i32, |dot, k| dot + u[k] * integer(TERMS, q, k)) as f32
-            };
-            if B::SCALES == Scales::Halves {
-                let sum = dot(0..RUN / 2).mul_add(scale, acc[row][lane]);
-                acc[row][lane] = dot(RUN / 2..RUN).mul_add(second_scale, sum);
-                continue;
+            let q = &x.q[place(TERMS, b, first + row)..];
+            let dot = (0..RUN).fold(0i32, |dot, k| dot + u[k] * integer(TERMS, q, k));
+            acc[row][lane] = (dot as f32).mul_add(scale, acc[row][lane]);
+            if B::SCALES.has_min() {
+                let sum = x.sum[b * GROUP + first + row];
+                acc[row][lane] = min.mul_add(sum, acc[row][lane]);
             }
-            let sum = dot(0..RUN).mul_add(scale, acc[row][lane]);
-            acc[row][lane] = match B::SCALES {
-                Scales::Plain | Scales::Halves => sum,
-                Scales::Min | Scales::Super => min.mul_add(x.sum[at], sum),
-            };
+        }
+    }
+}
+
+/// Adds the products of runs of one super-block, which are summed as integers.
+#[inline(always)]
+fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
+    w: &TileWeights<'_>,
+    runs: Range<usize>,
+    x: &Group<'_>,
+    first: usize,
+    acc: &mut [Lanes; M],
+) {
+    let scales = w.scale_at::<B>(runs.start);
+    for lane in 0..TILE_ROWS {
+        let mut dots = [0i32; M];
+        for b in runs.clone() {
+            let [left, right] = w.integer_scales(b, lane);
+            let u: [i32; RUN] = std::array::from_fn(|k| {
+                let scale = if k < RUN / 2 { left } else { right };
+                scale * (w.integer::<B>(b, lane, k) - B::ZERO)
+            });
+            for row in 0..M {
+                let q = &x.q[place(TERMS, b, first + row)..];
+                for (k, u) in u.iter().enumerate() {
+                    dots[row] = dots[row].wrapping_add(u.wrapping_mul(integer(TERMS, q, k)));
+                }
+            }
+        }
+        let d = f16::from_bits(w.d[scales + lane]).to_f32();
+        for row in 0..M {
+            acc[row][lane] = (dots[row] as f32).mul_add(d, acc[row][lane]);
         }
     }
 }

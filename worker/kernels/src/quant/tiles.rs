@@ -227,6 +227,19 @@ impl TileWeights<'_> {
         }
     }
 
+    /// Run behind the super-block of run b.
+    #[inline(always)]
+    pub(crate) fn block_end(&self, b: usize) -> usize {
+        ((self.first_run + b) / SUPER_RUNS + 1) * SUPER_RUNS - self.first_run
+    }
+
+    /// Integer scales of both halves of a row's run.
+    #[inline(always)]
+    pub(crate) fn integer_scales(&self, b: usize, lane: usize) -> [i32; 2] {
+        let at = b * TILE_ROWS + lane;
+        [self.sc[at], self.mc[at]].map(|scale| i32::from(scale as i8))
+    }
+
     /// Scale and min of half a row's run; products of f16 and 6-bit integers are exact in f32.
     #[inline(always)]
     pub(crate) fn scale_and_min<B: Blocks>(

@@ -4,8 +4,12 @@
 //! 8 bits are the scheme of ggml's Q8_1: a scale for each run, `q = round(x / d)`. 12 bits are two
 //! int8 terms, `q = 16 * high + low`, with a scale for up to eight runs of a leaf.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use crate::dense::Terms;
 use crate::isa::{Isa, dispatch};
+use crate::memory::Memory;
 use crate::pool::{Pool, Shards, part};
 
 /// Columns of a run.
@@ -13,6 +17,10 @@ pub const BLOCK: usize = 32;
 
 /// Rows that stand side by side in memory.
 pub(crate) const GROUP: usize = 16;
+
+/// 1.5 * 2^23: adding it rounds, ties to even, and makes the mantissa the integer.
+const MAGIC: f32 = 12_582_912.0;
+const MAGIC_BITS: i32 = 0x4b40_0000;
 
 /// Numbers below which quantising is left to one thread.
 const SMALL: usize = 16 * 1024;
@@ -55,12 +63,12 @@ impl Precision {
 #[derive(Debug)]
 pub struct Activation {
     pub(crate) precision: Precision,
-    /// `[group, run, 16 rows, terms, 32]`, the high term first
-    pub(crate) q: Vec<Line>,
+    /// `[group, run, 16 rows, terms, 32]`, the high term first; see [`place`].
+    q: Memory,
     /// Sums of a run's integers. `[group, run, 16 rows]`
     pub(crate) sum: Vec<f32>,
-    /// The same, and those of its first 16 columns alone. `[group, run, 2, 16 rows]`
-    pub(crate) isum: Vec<i32>,
+    /// Sums of the integers of each half of a run. `[group, run, 16 rows, 2]`
+    pub(crate) halves: Vec<[i16; 2]>,
     /// Scales. `[group, scale, 16 rows]`
     pub(crate) d: Vec<f32>,
     /// The rows in bf16, for weights that want them so.
@@ -68,10 +76,11 @@ pub struct Activation {
     pub(crate) shape: Shape,
 }
 
-/// 64 integers on a cache line of their own.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct Line([i8; 64]);
+/// Where a row's run begins among a group's integers.
+#[inline(always)]
+pub(crate) const fn place(terms: usize, run: usize, row: usize) -> usize {
+    (run * GROUP + row) * BLOCK * terms
+}
 
 /// How many runs and scales a row has.
 #[derive(Debug, Clone, Copy, Default)]
@@ -93,6 +102,11 @@ impl Shape {
         Self { rows, n_runs, leaf_runs, n_scales, scale_runs }
     }
 
+    /// Integers of a group of rows.
+    pub(crate) fn group_len(&self, terms: usize) -> usize {
+        self.n_runs * GROUP * BLOCK * terms
+    }
+
     /// The runs of a scale.
     fn runs_of(&self, scale: usize) -> std::ops::Range<usize> {
         let per_leaf = self.leaf_runs.div_ceil(self.scale_runs);
@@ -109,9 +123,9 @@ impl Activation {
         let runs = rows.next_multiple_of(GROUP) * columns.div_ceil(BLOCK);
         Self {
             precision,
-            q: vec![Line([0; 64]); runs * BLOCK * precision.terms() / 64],
+            q: Memory::zeroed(runs * BLOCK * precision.terms()).expect("memory for activations"),
             sum: vec![0.0; runs],
-            isum: vec![0; 2 * runs],
+            halves: vec![[0; 2]; runs],
             d: vec![0.0; runs],
             terms: Terms::default(),
             shape: Shape::default(),
@@ -137,16 +151,16 @@ impl Activation {
         assert_eq!(input.len(), rows * columns, "input of {rows} x {columns}");
         self.shape = shape;
         let precision = self.precision;
-        let len = self.q.len() * 64;
+        let len = self.q.len();
         let q =
-            // SAFETY: a `Line` is 64 plain bytes, and the borrow of `self` is unique.
+            // SAFETY: bytes are integers of 8 bits, and the borrow of `self` is unique.
             unsafe { std::slice::from_raw_parts_mut(self.q.as_mut_ptr().cast::<i8>(), len) };
         let target = Target {
             precision,
             shape,
             q: Shards::new(q),
             sum: Shards::new(&mut self.sum),
-            isum: Shards::new(&mut self.isum),
+            halves: Shards::new(&mut self.halves),
             d: Shards::new(&mut self.d),
         };
         let target = &target;
@@ -160,8 +174,8 @@ impl Activation {
     }
 
     pub(crate) fn q(&self) -> &[i8] {
-        // SAFETY: a `Line` is 64 plain bytes.
-        unsafe { std::slice::from_raw_parts(self.q.as_ptr().cast::<i8>(), self.q.len() * 64) }
+        // SAFETY: bytes are integers of 8 bits.
+        unsafe { std::slice::from_raw_parts(self.q.as_ptr().cast::<i8>(), self.q.len()) }
     }
 }
 
@@ -171,23 +185,46 @@ struct Target<'a> {
     shape: Shape,
     q: Shards<'a, i8>,
     sum: Shards<'a, f32>,
-    isum: Shards<'a, i32>,
+    halves: Shards<'a, [i16; 2]>,
     d: Shards<'a, f32>,
 }
 
 fn quantise_scales(isa: Isa, x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Avx512Amx | Isa::Avx512Vnni) {
+        // SAFETY: this instruction set was detected on this CPU.
+        return unsafe { quantise_avx512(x, to, scales) };
+    }
     dispatch!(isa, fn(x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) =>
     match to.precision {
-        Precision::Int8 => quantise_generic::<1>(x, to, scales),
-        Precision::Int12 => quantise_generic::<2>(x, to, scales),
+        Precision::Int8 => quantise_rows::<1>(x, to, scales, scale_of, quantise_run::<1>),
+        Precision::Int12 => quantise_rows::<2>(x, to, scales, scale_of, quantise_run::<2>),
     });
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn quantise_avx512(x: &[f32], to: &Target<'_>, scales: std::ops::Range<usize>) {
+    let scale_of = |x: &[f32], limit: f32| avx512::scale_of(x, limit);
+    match to.precision {
+        Precision::Int8 => {
+            let run = |x: &[f32], inverse, q: [&mut [i8]; 1]| avx512::quantise_run(x, inverse, q);
+            quantise_rows::<1>(x, to, scales, scale_of, run);
+        }
+        Precision::Int12 => {
+            let run = |x: &[f32], inverse, q: [&mut [i8]; 2]| avx512::quantise_run(x, inverse, q);
+            quantise_rows::<2>(x, to, scales, scale_of, run);
+        }
+    }
+}
+
 #[inline(always)]
-fn quantise_generic<const TERMS: usize>(
+fn quantise_rows<const TERMS: usize>(
     x: &[f32],
     to: &Target<'_>,
     scales: std::ops::Range<usize>,
+    scale_of: impl Fn(&[f32], f32) -> (f32, f32),
+    quantise_run: impl Fn(&[f32], f32, [&mut [i8]; TERMS]) -> [i32; 2],
 ) {
     let shape = to.shape;
     let columns = shape.n_runs * BLOCK;
@@ -201,17 +238,16 @@ fn quantise_generic<const TERMS: usize>(
             // SAFETY: every thread has scales of its own, and with them runs of its own.
             unsafe { to.d.set(at, d) };
             for (run, x) in runs.zip(x.chunks_exact(BLOCK)) {
+                let first = group * shape.group_len(TERMS) + place(TERMS, run, lane);
+                let term = |t: usize| first + t * BLOCK..first + (t + 1) * BLOCK;
+                // SAFETY: as above.
+                let q = std::array::from_fn(|t| unsafe { to.q.range(term(t)) });
+                let [left, right] = quantise_run(x, inverse, q);
                 let at = (group * shape.n_runs + run) * GROUP + lane;
-                let q = at * BLOCK * TERMS..(at + 1) * BLOCK * TERMS;
                 // SAFETY: as above.
-                let (first, all) = quantise_run::<TERMS>(x, inverse, unsafe { to.q.range(q) });
+                unsafe { to.sum.set(at, left.wrapping_add(right) as f32) };
                 // SAFETY: as above.
-                unsafe { to.sum.set(at, all as f32) };
-                let at = (group * shape.n_runs + run) * 2 * GROUP + lane;
-                // SAFETY: as above.
-                unsafe { to.isum.set(at, all) };
-                // SAFETY: as above.
-                unsafe { to.isum.set(at + GROUP, first) };
+                unsafe { to.halves.set(at, [left as i16, right as i16]) };
             }
         }
     }
@@ -233,30 +269,29 @@ fn scale_of(x: &[f32], limit: f32) -> (f32, f32) {
     (d, if max > 0.0 { 1.0 / d } else { 0.0 })
 }
 
-/// Rounds a run; returns the sums of its first 16 integers and of all.
+/// Rounds a run; returns the sums of the integers of both its halves. They fit 16 bits.
 #[inline(always)]
-fn quantise_run<const TERMS: usize>(x: &[f32], inverse: f32, q: &mut [i8]) -> (i32, i32) {
+fn quantise_run<const TERMS: usize>(x: &[f32], inverse: f32, q: [&mut [i8]; TERMS]) -> [i32; 2] {
     let mut integers = [0i32; BLOCK];
     for (integer, &value) in integers.iter_mut().zip(x) {
-        // Ties go to even; 12582912 = 1.5 * 2^23 makes the mantissa the integer.
-        let rounded = value * inverse + 12_582_912.0;
-        *integer = (rounded.to_bits() as i32).wrapping_sub(0x4b40_0000);
+        let rounded = value * inverse + MAGIC;
+        *integer = (rounded.to_bits() as i32).wrapping_sub(MAGIC_BITS);
     }
     if TERMS == 1 {
-        for (q, integer) in q.iter_mut().zip(integers) {
+        for (q, integer) in q[0].iter_mut().zip(integers) {
             *q = integer as i8;
         }
     } else {
-        let (high, low) = q.split_at_mut(BLOCK);
-        for (k, &integer) in integers.iter().enumerate() {
-            let top = integer.wrapping_add(8) >> 4;
-            high[k] = top as i8;
-            low[k] = integer.wrapping_sub(top << 4) as i8;
+        for (q, integer) in q[0].iter_mut().zip(integers) {
+            *q = (integer.wrapping_add(8) >> 4) as i8;
+        }
+        for (q, integer) in q[1].iter_mut().zip(integers) {
+            *q = (integer.wrapping_add(8) & 15).wrapping_sub(8) as i8;
         }
     }
+    // Of a poisoned row they are anything.
     let sum = |integers: &[i32]| integers.iter().fold(0i32, |a, &b| a.wrapping_add(b));
-    let first = sum(&integers[..BLOCK / 2]);
-    (first, first.wrapping_add(sum(&integers[BLOCK / 2..])))
+    [sum(&integers[..BLOCK / 2]), sum(&integers[BLOCK / 2..])]
 }
 
 #[cfg(test)]
@@ -295,7 +330,8 @@ mod tests {
                     let d = a.d[(row / GROUP * a.shape.n_scales + scale) * GROUP + row % GROUP];
                     for run in a.shape.runs_of(scale) {
                         let at = (row / GROUP * a.shape.n_runs + run) * GROUP + row % GROUP;
-                        let q = &a.q()[at * BLOCK * terms..][..BLOCK * terms];
+                        let q = &a.q()[row / GROUP * a.shape.group_len(terms)..];
+                        let q = &q[place(terms, run, row % GROUP)..];
                         let integer = |k: usize| crate::linear::integer(terms, q, k);
                         for (k, &value) in x[run * BLOCK..][..BLOCK].iter().enumerate() {
                             let back = d * integer(k) as f32;
@@ -304,6 +340,9 @@ mod tests {
                         }
                         let sum = (0..BLOCK).map(integer).sum::<i32>();
                         assert_eq!(a.sum[at], sum as f32);
+                        let [left, right] = a.halves[at];
+                        assert_eq!(i32::from(left), (0..BLOCK / 2).map(integer).sum::<i32>());
+                        assert_eq!(i32::from(left) + i32::from(right), sum);
                     }
                 }
             }
@@ -320,7 +359,7 @@ mod tests {
                 assert_eq!(first.q(), other.q(), "{isa:?}");
                 assert_eq!(first.d, other.d, "{isa:?}");
                 assert_eq!(first.sum, other.sum, "{isa:?}");
-                assert_eq!(first.isum, other.isum, "{isa:?}");
+                assert_eq!(first.halves, other.halves, "{isa:?}");
             }
         }
     }
