@@ -12,7 +12,7 @@ use evener_kernels::Isa;
 use evener_kernels::peaks::{n_peaks, peaks_of};
 use evener_worker::backend::{Backend, Batch, Error as BackendError};
 use evener_worker::engine::batch::Tables;
-use evener_worker::engine::sampler::{Row, Sampling, Scratch, sample};
+use evener_worker::engine::sampler::{Penalties, Sampling};
 use evener_worker::engine::scheduler::{self, Scheduler};
 use evener_worker::engine::sequence::Spec;
 use evener_worker::engine::step::{Limits, StepPlan};
@@ -37,14 +37,24 @@ fn main() -> Result<(), Failure> {
     println!("{n_sequences} sequences, vocabulary of {vocab}, {STEPS} steps; us, p50 / p99");
     let greedy = Sampling::default();
     let top_k = Sampling { temperature: 0.8, top_k: 40, ..Sampling::default() };
-    let top_p = Sampling { temperature: 0.8, top_k: 40, top_p: 0.9, ..Sampling::default() };
-    for (name, sampling) in [("greedy", &greedy), ("top-k 40", &top_k), ("top-k, top-p", &top_p)] {
+    let warm = Sampling { temperature: 0.8, ..Sampling::default() };
+    let top_p = Sampling { top_p: 0.9, ..warm.clone() };
+    let min_p = Sampling { min_p: 0.05, ..warm.clone() };
+    let penalties = Penalties { repetition: 1.1, ..Penalties::default() };
+    let penalised = Sampling { penalties, ..top_k.clone() };
+    let logprobs = Sampling { n_logprobs: Some(5), ..Sampling::default() };
+    for (name, sampling) in [
+        ("greedy", &greedy),
+        ("top-k 40", &top_k),
+        ("min-p 0.05", &min_p),
+        ("temperature", &warm),
+        ("top-p 0.9", &top_p),
+        ("top-k 40, penalties", &penalised),
+        ("greedy, logprobs", &logprobs),
+    ] {
         show(&format!("whole step, {name}"), whole_step(&limits, sampling)?);
     }
     parts(&limits, &greedy)?;
-    for (name, sampling) in [("greedy", &greedy), ("top-k 40", &top_k)] {
-        show(&format!("sample all rows, {name}"), sampling_alone(&limits, sampling)?);
-    }
     Ok(())
 }
 
@@ -180,27 +190,6 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
         show(name, took);
     }
     Ok(())
-}
-
-fn sampling_alone(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Failure> {
-    let (vocab, isa) = (limits.vocab, Isa::detect());
-    let logits = logits(limits.n_slots, vocab);
-    let mut peaks = vec![0.0; limits.n_slots * n_peaks(vocab)];
-    let rows = || logits.chunks_exact(vocab);
-    for (row, peaks) in rows().zip(peaks.chunks_exact_mut(n_peaks(vocab))) {
-        peaks_of(isa, row, peaks);
-    }
-    let mut scratch = Scratch::default();
-    let mut took = Vec::new();
-    for position in 0..STEPS {
-        let began = Instant::now();
-        for (row, peaks) in rows().zip(peaks.chunks_exact(n_peaks(vocab))) {
-            let row = Row::new(isa, row, peaks)?;
-            std::hint::black_box(sample(&row, sampling, position, &mut scratch));
-        }
-        took.push(began.elapsed());
-    }
-    Ok(took)
 }
 
 fn timed(job: impl FnOnce()) -> Duration {

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use crate::backend::{self, Backend, KV_BLOCK_LEN, Loaded};
 use crate::checkpoint::Checkpoint;
+use crate::engine::ask::Ask;
 use crate::engine::kv_blocks::blocks_for;
 use crate::engine::step::{Entry, Kind, Limits, StepPlan};
 use crate::engine::{self, Handle, Lead, Rank, follower, scheduler};
@@ -343,12 +344,14 @@ impl Life {
     fn mesh_options(&self) -> MeshOptions {
         let defaults = MeshOptions::default();
         let vocab = self.checkpoint.config.vocab;
-        let logits_bytes = 4 * vocab * self.spec.backend_options.max_sample_rows;
+        let max_rows = self.spec.backend_options.max_sample_rows;
+        let logits_bytes = 4 * vocab * max_rows;
+        let most = logits_bytes.max(Ask::max_bytes(vocab, max_rows));
         MeshOptions {
             step_timeout: self.spec.step_timeout,
             join_timeout: self.spec.join_timeout,
             spin: self.spec.backend_options.spin,
-            max_message_bytes: defaults.max_message_bytes.max(logits_bytes),
+            max_message_bytes: defaults.max_message_bytes.max(most),
             ..defaults
         }
     }

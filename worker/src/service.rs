@@ -1,6 +1,8 @@
 //! The gRPC server: checks epochs, translates, calls the session; decides nothing.
 //!
-//! The only file that knows worker.proto's types.
+//! With sampling.rs the only file that knows worker.proto's types.
+
+mod sampling;
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -17,7 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::backend::{KV_BLOCK_LEN, KvFormat};
 use crate::engine::handle;
 use crate::engine::output::{End, Event, StepOutput, StreamEnd, TokenOut};
-use crate::engine::sampler::{MAX_LOGPROBS, Sampling};
+use crate::engine::sampler::Sampling;
 use crate::engine::scheduler::Refusal;
 use crate::engine::sequence::{Finish, Spec};
 use crate::engine::{Outputs, Requests};
@@ -306,29 +308,15 @@ async fn take_request(
 }
 
 fn spec(submit: proto::Submit) -> Result<Spec, String> {
-    let sampling = submit
-        .sampling
-        .unwrap_or_else(|| proto::Sampling { top_p: 1.0, ..proto::Sampling::default() });
-    if !(sampling.temperature.is_finite() && sampling.temperature >= 0.0) {
-        return Err(format!("temperature is {}; it must be 0 or more", sampling.temperature));
-    }
-    if !(0.0..=1.0).contains(&sampling.top_p) {
-        return Err(format!("top_p is {}; it must be from 0 to 1", sampling.top_p));
-    }
-    if sampling.n_logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
-        return Err(format!("n_logprobs is more than {MAX_LOGPROBS}"));
-    }
+    let n_prompt = submit.prompt.len();
+    let sampling = match submit.sampling {
+        Some(sampling) => sampling::parse(sampling, n_prompt)?,
+        None => Sampling::default(),
+    };
     Ok(Spec {
         prompt: submit.prompt,
         max_tokens: submit.max_tokens,
-        sampling: Sampling {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            seed: sampling.seed,
-            stop_token_ids: sampling.stop_token_ids,
-            n_logprobs: sampling.n_logprobs,
-        },
+        sampling,
         prompt_logprobs: submit.prompt_logprobs,
     })
 }

@@ -215,9 +215,27 @@ impl Link {
 
 fn to_wire(request_id: u64, submit: Submit) -> wire::Submit {
     let Submit { prompt, sampling, max_tokens, prompt_logprobs } = submit;
-    let Sampling { temperature, top_k, top_p, seed, stop_token_ids, n_logprobs } = sampling;
-    let sampling = wire::Sampling { temperature, top_k, top_p, seed, stop_token_ids, n_logprobs };
-    wire::Submit { request_id, prompt, sampling: Some(sampling), max_tokens, prompt_logprobs }
+    let sampling = Some(sampling_to_wire(sampling));
+    wire::Submit { request_id, prompt, sampling, max_tokens, prompt_logprobs }
+}
+
+fn sampling_to_wire(sampling: Sampling) -> wire::Sampling {
+    let bias = |(id, bias)| wire::LogitBias { id, bias };
+    wire::Sampling {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        seed: sampling.seed,
+        stop_token_ids: sampling.stop_token_ids,
+        n_logprobs: sampling.n_logprobs,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+        presence_penalty: sampling.presence_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        logit_bias: sampling.logit_bias.into_iter().map(bias).collect(),
+        min_tokens: sampling.min_tokens,
+        n_resumed: sampling.n_resumed,
+    }
 }
 
 /// The outer error breaks the stream: the lead does not speak our language.

@@ -65,9 +65,23 @@ pub struct Sampling {
     pub top_k: u32,
     /// 1 is off.
     pub top_p: f32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// 0 is off.
+    pub presence_penalty: f32,
+    /// 0 is off.
+    pub frequency_penalty: f32,
+    /// Each token once.
+    pub logit_bias: Vec<(u32, f32)>,
     pub seed: u64,
     /// End the sequence; reported as its last token.
     pub stop_token_ids: Vec<u32>,
+    /// None of them comes before so many tokens.
+    pub min_tokens: u32,
+    /// Of the prompt's last tokens: so many were generated before an interruption.
+    pub n_resumed: u32,
     /// Absent: no logprobs; 0: of the chosen token only.
     pub n_logprobs: Option<u32>,
 }

@@ -68,13 +68,9 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let params = Params {
         prompt,
         max_tokens,
-        temperature: common.temperature,
-        top_p: common.top_p,
-        top_k: common.top_k,
-        seed: common.seed,
+        decoding: common.decoding.clone(),
         n_logprobs,
         prompt_logprobs: false,
-        stop: common.stop.clone(),
     };
     let directory = app.directory.borrow().clone();
     let generation = Generation::new(&model, &text.tokenizer, &directory, params)

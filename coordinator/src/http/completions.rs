@@ -68,13 +68,9 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let params = Params {
         prompt: Vec::new(),
         max_tokens: Some(max_tokens),
-        temperature: common.temperature,
-        top_p: common.top_p,
-        top_k: common.top_k,
-        seed: common.seed,
+        decoding: common.decoding.clone(),
         n_logprobs,
         prompt_logprobs: echo && n_logprobs.is_some(),
-        stop: common.stop.clone(),
     };
     let prepared = {
         let (text, model) = (text.clone(), model.clone());

@@ -6,6 +6,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod decoding;
 mod error;
 mod fields;
 mod health;

@@ -146,6 +146,60 @@ async fn sampling_reaches_the_lead_as_it_was_asked() {
 }
 
 #[tokio::test]
+async fn penalties_bias_and_stops_reach_the_lead_as_they_were_asked() {
+    let lead = Lead::start(1, script(alphabet()));
+    let world = World::start(&[&lead]).await;
+    let request = json!({
+        "messages": user("hi"), "max_tokens": 9, "min_p": 0.125, "repetition_penalty": 1.5,
+        "presence_penalty": -0.5, "frequency_penalty": 0.25, "min_tokens": 3,
+        "logit_bias": {"266": -100, "7": 2.5}, "stop_token_ids": [9, 266, 8],
+    });
+    world.post(CHAT, request.clone()).await.ok();
+    let mut ignoring = request;
+    ignoring["ignore_eos"] = json!(true);
+    ignoring["stop_token_ids"] = json!([8]);
+    world.post(CHAT, ignoring).await.ok();
+    world.post(COMPLETIONS, json!({"prompt": [1]})).await.ok();
+    let samplings: Vec<_> =
+        lead.submits().into_iter().map(|submit| submit.sampling.unwrap()).collect();
+    let one = &samplings[0];
+    assert_eq!((one.min_p, one.repetition_penalty), (0.125, 1.5));
+    assert_eq!((one.presence_penalty, one.frequency_penalty), (-0.5, 0.25));
+    let bias: Vec<(u32, f32)> = one.logit_bias.iter().map(|one| (one.id, one.bias)).collect();
+    assert_eq!((bias, one.min_tokens), (vec![(7, 2.5), (266, -100.0)], 3));
+    assert_eq!(one.stop_token_ids, [8, 9, 266]);
+    assert_eq!(samplings[1].stop_token_ids, [8], "the model's own end nothing");
+    let plain = &samplings[2];
+    assert_eq!((plain.min_p, plain.repetition_penalty, plain.n_resumed), (0.0, 1.0, 0));
+    assert_eq!((plain.presence_penalty, plain.frequency_penalty), (0.0, 0.0));
+    assert_eq!((plain.logit_bias.len(), plain.min_tokens), (0, 0));
+}
+
+#[tokio::test]
+async fn a_stop_token_ends_the_text_before_it_and_a_stop_string_waits_for_min_tokens() {
+    let said = b"one. two. three. four";
+    let lead = Lead::start(1, script(says(1, said)));
+    let world = World::start(&[&lead]).await;
+    let text = async |request: Value| {
+        let mut body = json!({"prompt": [1], "max_tokens": 60, "temperature": 0});
+        for (key, value) in request.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let whole = world.post(COMPLETIONS, body.clone()).await.ok();
+        body["stream"] = json!(true);
+        let events = world.post(COMPLETIONS, body).await.events();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["finish_reason"], "stop");
+        assert_eq!(choice["text"], deltas(&events, 0));
+        choice["text"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(text(json!({})).await, "one. two. three. four");
+    assert_eq!(text(json!({"stop": "."})).await, "one");
+    assert_eq!(text(json!({"stop": ".", "min_tokens": 4})).await, "one. two");
+    assert_eq!(text(json!({"stop": ".", "min_tokens": 60})).await, "one. two. three. four");
+}
+
+#[tokio::test]
 async fn chat_prompts_are_rendered_and_users_cannot_forge_roles() {
     let lead = Lead::start(1, script(alphabet()));
     let world = World::start(&[&lead]).await;

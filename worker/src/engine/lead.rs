@@ -243,6 +243,7 @@ impl Lead {
         let Some(stream) = self.streams.remove(&stream) else { return };
         for id in stream.live.into_values() {
             self.scheduler.cancel(id);
+            self.chooser.forget(id);
             self.owners.remove(&id);
         }
         if let Some(reason) = reason {
@@ -252,6 +253,7 @@ impl Lead {
     }
 
     fn forget(&mut self, id: SequenceId) {
+        self.chooser.forget(id);
         if let Some(Owner { stream, request_id }) = self.owners.remove(&id)
             && let Some(stream) = self.streams.get_mut(&stream)
         {

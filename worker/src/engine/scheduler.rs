@@ -128,7 +128,10 @@ impl Scheduler {
         if prompt + max_tokens as usize > max_context {
             return Err(Refusal::TooLong { prompt, max_tokens, max_context });
         }
-        if let Some(&token) = spec.prompt.iter().find(|&&token| token as usize >= vocab) {
+        let sampling = &spec.sampling;
+        let biased = sampling.logit_bias.iter().map(|(token, _)| token);
+        let mut named = spec.prompt.iter().chain(&sampling.stop_token_ids).chain(biased);
+        if let Some(&token) = named.find(|&&token| token as usize >= vocab) {
             return Err(Refusal::BadToken { token, vocab });
         }
         let needed = blocks_for(prompt + max_tokens as usize - 1);
@@ -231,7 +234,7 @@ impl Scheduler {
             true => n_tokens,
             false => usize::from(end == sequence.tokens.len()),
         };
-        plan.whole_logits |= n_sampled > 0 && sequence.wants_logits();
+        plan.asks |= n_sampled > 0 && sequence.asks();
         room.tokens -= n_tokens;
         room.rows -= n_sampled;
         plan.entries.push(Entry {
@@ -428,6 +431,10 @@ mod tests {
         check(spec(100, u32::MAX), "context of 200 tokens");
         check(spec(100, 100), "need 13 KV blocks; this group has 8");
         check(Spec { prompt: vec![1, 1000], ..spec(1, 1) }, "token id 1000");
+        let sampling = Sampling { stop_token_ids: vec![1001], ..Sampling::default() };
+        check(Spec { sampling, ..spec(1, 1) }, "token id 1001");
+        let sampling = Sampling { logit_bias: vec![(1002, 1.0)], ..Sampling::default() };
+        check(Spec { sampling, ..spec(1, 1) }, "token id 1002");
         let mut scheduler = Scheduler::new(options(64));
         for _ in 0..5 {
             scheduler.submit(spec(1, 1)).unwrap();

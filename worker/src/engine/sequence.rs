@@ -81,9 +81,8 @@ impl Sequence {
 
     /// Its tokens cannot be chosen, or told about, by the likeliest token alone.
     #[must_use]
-    pub fn wants_logits(&self) -> bool {
-        let Sampling { n_logprobs, .. } = self.sampling;
-        !self.sampling.is_greedy() || n_logprobs.is_some() || self.prompt_logprobs
+    pub fn asks(&self) -> bool {
+        self.sampling.asks() || self.prompt_logprobs
     }
 
     /// Positions that will ever be computed: all but that of the last token generated.

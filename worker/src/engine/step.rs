@@ -7,7 +7,7 @@
 use crate::backend::KV_BLOCK_LEN;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EvSP");
-const HEAD_WORDS: usize = 11;
+const HEAD_WORDS: usize = 12;
 const ENTRY_WORDS: usize = 5;
 
 /// What a plan asks for.
@@ -15,6 +15,8 @@ const ENTRY_WORDS: usize = 5;
 pub enum Kind {
     /// Run the model on the entries.
     Run,
+    /// Send the lead whole rows of logits of the last step that ran.
+    Rows,
     /// Nothing to do; the lead is there.
     #[default]
     Heartbeat,
@@ -29,8 +31,9 @@ pub struct StepPlan {
     /// From 1, without gaps, heartbeats included.
     pub step: u64,
     pub kind: Kind,
-    /// Whether the lead wants all logits of the sampled rows, or only the likeliest token of each.
-    pub whole_logits: bool,
+    /// Whether an ask about the sampled rows follows; else only the likeliest token of each is
+    /// wanted.
+    pub asks: bool,
     /// Slots whose tables are dropped before the entries are looked at.
     pub freed_slots: Vec<u32>,
     /// One per sequence of this step.
@@ -39,6 +42,8 @@ pub struct StepPlan {
     pub tokens: Vec<u32>,
     /// Blocks appended to the entries' tables, one entry after the other.
     pub blocks: Vec<u32>,
+    /// Of [`Kind::Rows`]: indexes of sampled rows.
+    pub rows: Vec<u32>,
 }
 
 /// One sequence's part in a step.
@@ -89,6 +94,7 @@ impl StepPlan {
             entries: Vec::with_capacity(limits.n_slots),
             tokens: Vec::with_capacity(limits.max_batch_tokens),
             blocks: Vec::with_capacity(limits.max_batch_tokens),
+            rows: Vec::with_capacity(limits.max_sample_rows),
             ..Self::default()
         }
     }
@@ -96,18 +102,19 @@ impl StepPlan {
     /// Most bytes of a plan within `limits`.
     #[must_use]
     pub fn max_bytes(limits: &Limits) -> usize {
-        let Limits { n_slots, max_batch_tokens, .. } = *limits;
-        4 * (HEAD_WORDS + (1 + ENTRY_WORDS) * n_slots + 2 * max_batch_tokens)
+        let Limits { n_slots, max_batch_tokens, max_sample_rows, .. } = *limits;
+        4 * (HEAD_WORDS + (1 + ENTRY_WORDS) * n_slots + 2 * max_batch_tokens + max_sample_rows)
     }
 
     /// Empties it, keeping its memory.
     pub fn clear(&mut self) {
         self.kind = Kind::Heartbeat;
-        self.whole_logits = false;
+        self.asks = false;
         self.freed_slots.clear();
         self.entries.clear();
         self.tokens.clear();
         self.blocks.clear();
+        self.rows.clear();
     }
 
     #[must_use]
@@ -117,7 +124,7 @@ impl StepPlan {
 
     /// Replaces `out` by the plan's bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let Self { epoch, step, kind, whole_logits, freed_slots, entries, tokens, blocks } = self;
+        let Self { epoch, step, kind, asks, freed_slots, entries, tokens, blocks, rows } = self;
         out.clear();
         let mut word = |n: u32| out.extend_from_slice(&n.to_le_bytes());
         word(MAGIC);
@@ -125,13 +132,14 @@ impl StepPlan {
             Kind::Run => 1,
             Kind::Heartbeat => 2,
             Kind::Leave => 3,
+            Kind::Rows => 4,
         });
-        word(u32::from(*whole_logits));
+        word(u32::from(*asks));
         for wide in [*epoch, *step] {
             word(wide as u32);
             word((wide >> 32) as u32);
         }
-        for n in [freed_slots.len(), entries.len(), tokens.len(), blocks.len()] {
+        for n in [freed_slots.len(), entries.len(), tokens.len(), blocks.len(), rows.len()] {
             word(n as u32);
         }
         freed_slots.iter().for_each(|&slot| word(slot));
@@ -140,6 +148,7 @@ impl StepPlan {
         }
         tokens.iter().for_each(|&token| word(token));
         blocks.iter().for_each(|&block| word(block));
+        rows.iter().for_each(|&row| word(row));
     }
 
     /// Replaces the plan by what `bytes` say, if that is within `limits`. After an error the plan's
@@ -161,21 +170,23 @@ impl StepPlan {
             1 => Kind::Run,
             2 => Kind::Heartbeat,
             3 => Kind::Leave,
+            4 => Kind::Rows,
             0 => return Err(Error::TooSmall { what: "kind", got: 0, min: 1 }),
-            got => return Err(Error::Bound { what: "kind", got: got.into(), max: 3 }),
+            got => return Err(Error::Bound { what: "kind", got: got.into(), max: 4 }),
         };
-        let whole_logits = word();
-        at_most("flag for whole logits", whole_logits as usize, 1)?;
-        self.whole_logits = whole_logits == 1;
+        let asks = word();
+        at_most("flag for an ask", asks as usize, 1)?;
+        self.asks = asks == 1;
         self.epoch = u64::from(word()) | u64::from(word()) << 32;
         self.step = u64::from(word()) | u64::from(word()) << 32;
-        let [n_freed, n_entries, n_tokens, n_blocks] =
-            [word(), word(), word(), word()].map(|n| n as usize);
+        let [n_freed, n_entries, n_tokens, n_blocks, n_rows] =
+            [word(), word(), word(), word(), word()].map(|n| n as usize);
         at_most("number of freed slots", n_freed, limits.n_slots)?;
         at_most("number of entries", n_entries, limits.n_slots)?;
         at_most("number of tokens", n_tokens, limits.max_batch_tokens)?;
         at_most("number of blocks", n_blocks, limits.n_kv_blocks as usize)?;
-        let n_words = HEAD_WORDS + n_freed + ENTRY_WORDS * n_entries + n_tokens + n_blocks;
+        at_most("number of rows", n_rows, limits.max_sample_rows)?;
+        let n_words = HEAD_WORDS + n_freed + ENTRY_WORDS * n_entries + n_tokens + n_blocks + n_rows;
         if bytes.len() != 4 * n_words {
             return Err(Error::Length { got: bytes.len(), expected: 4 * n_words });
         }
@@ -187,6 +198,7 @@ impl StepPlan {
         }));
         self.tokens.extend((0..n_tokens).map(|_| word()));
         self.blocks.extend((0..n_blocks).map(|_| word()));
+        self.rows.extend((0..n_rows).map(|_| word()));
         self.check(limits)
     }
 
@@ -225,6 +237,9 @@ impl StepPlan {
         }
         for &block in &self.blocks {
             at_most("block", block as usize, n_kv_blocks as usize - 1)?;
+        }
+        for &row in &self.rows {
+            at_most("row", row as usize, max_sample_rows - 1)?;
         }
         Ok(())
     }
@@ -272,7 +287,7 @@ mod tests {
             epoch: u64::MAX - 1,
             step: 1 << 40,
             kind: Kind::Run,
-            whole_logits: true,
+            asks: true,
             freed_slots: vec![3, 0],
             entries: vec![
                 Entry { slot: 2, start: 17, n_tokens: 1, n_blocks: 0, n_sampled: 1 },
@@ -280,6 +295,7 @@ mod tests {
             ],
             tokens: (100..121).collect(),
             blocks: vec![31, 7],
+            rows: vec![15],
         }
     }
 
@@ -293,7 +309,7 @@ mod tests {
     #[test]
     fn a_plan_survives_the_wire() {
         assert_eq!(round_trip(&plan()).unwrap(), plan());
-        for kind in [Kind::Heartbeat, Kind::Leave] {
+        for kind in [Kind::Heartbeat, Kind::Leave, Kind::Rows] {
             let plan =
                 StepPlan { epoch: 1, step: 2, kind, freed_slots: vec![1], ..Default::default() };
             assert_eq!(round_trip(&plan).unwrap(), plan);
@@ -325,6 +341,8 @@ mod tests {
         check(|p| p.tokens[5] = 1000, "token id 1000");
         check(|p| p.blocks[1] = 32, "block 32");
         check(|p| p.blocks = vec![0; 33], "number of blocks 33");
+        check(|p| p.rows[0] = 16, "row 16");
+        check(|p| p.rows = vec![0; 17], "number of rows 17");
     }
 
     #[test]
