@@ -14,7 +14,7 @@ use evener_proto::ids::ModelName;
 use rand::Rng;
 
 use crate::group::handle::{Directory, Model, ReadyGroup};
-use crate::group::stream::{Finish, Sampling, Token};
+use crate::group::stream::{Finish, Grammar, Sampling, Token};
 use crate::text::output::Placed;
 use crate::text::tokenizer::Tokenizer;
 pub use run::{Run, Runner};
@@ -127,8 +127,17 @@ pub struct Decoding {
     pub stop_token_ids: Vec<u32>,
     /// The model's own end nothing.
     pub ignore_eos: bool,
-    /// Nothing but the length ends a sequence before so many tokens.
+    /// Nothing but the length ends a sequence before so many tokens, and a grammar.
     pub min_tokens: u32,
+    pub structure: Option<Structure>,
+}
+
+/// What an answer must be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Structure {
+    /// The request's field that says so.
+    pub field: &'static str,
+    pub grammar: Grammar,
 }
 
 /// One sequence to generate. It fits the model.
@@ -142,6 +151,8 @@ pub struct Generation {
     sampling: Sampling,
     prompt_logprobs: bool,
     stop: Arc<[String]>,
+    /// Where a refused grammar came from.
+    grammar_field: &'static str,
 }
 
 impl Generation {
@@ -187,6 +198,8 @@ impl Generation {
         }
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
+        let structure = decoding.structure;
+        let grammar_field = structure.as_ref().map_or("response_format", |given| given.field);
         Ok(Self {
             model: model.clone(),
             tokenizer: tokenizer.clone(),
@@ -205,10 +218,12 @@ impl Generation {
                 stop_token_ids,
                 min_tokens: decoding.min_tokens,
                 n_resumed: 0,
+                grammar: structure.map(|given| given.grammar),
                 n_logprobs: params.n_logprobs,
             },
             prompt_logprobs: params.prompt_logprobs,
             stop: decoding.stop,
+            grammar_field,
         })
     }
 

@@ -2,6 +2,7 @@
 //!
 //! With sampling.rs the only file that knows worker.proto's types.
 
+mod compile;
 mod sampling;
 
 use std::pin::Pin;
@@ -25,6 +26,7 @@ use crate::engine::sequence::{Finish, Spec};
 use crate::engine::{Outputs, Requests};
 use crate::epoch::{Ended, Progress};
 use crate::session::{self, Held, Join, Member, Session};
+use compile::{Compiled, Compiling};
 
 /// Longest a coordinator may have ranks wait for each other.
 const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -235,11 +237,12 @@ async fn converse(
     let opened = lead.open(session.options().max_unread_outputs);
     let (ins, mut outs): (Requests, Outputs) = opened.map_err(unreachable_lead)?;
     let send = async |response| sender.send(Ok(response)).await.map_err(|_| Status::cancelled(""));
+    let mut compiling = Compiling::default();
     let mut next = Some(first);
     let mut are_requests_open = true;
     loop {
         if let Some(request) = next.take()
-            && let Some(error) = take_request(session, epoch, &ins, request).await?
+            && let Some(error) = take_request(session, epoch, &ins, &mut compiling, request).await?
         {
             send(proto::GenerateResponse { epoch, events: vec![error], load: None }).await?;
         }
@@ -249,6 +252,11 @@ async fn converse(
                 // Half-closed: no more requests, but the running ones still have their tokens.
                 None => are_requests_open = false,
             },
+            compiled = compiling.next(), if !compiling.is_empty() => {
+                if let Some(error) = compiled.and_then(|done| submit_compiled(&ins, done)) {
+                    send(proto::GenerateResponse { epoch, events: vec![error], load: None }).await?;
+                }
+            }
             output = outs.recv() => match output {
                 Some(output) => send(response(epoch, output)).await?,
                 None => return Err(stream_end(&outs.end())),
@@ -258,11 +266,35 @@ async fn converse(
     }
 }
 
+/// Hands a request on whose grammar was waited for.
+fn submit_compiled(ins: &Requests, compiled: Compiled) -> Option<proto::SequenceEvent> {
+    let Compiled { request_id, mut spec, grammar } = compiled;
+    match grammar {
+        Ok(grammar) => spec.sampling.grammar = Some(grammar),
+        Err(message) => {
+            return Some(error_event(request_id, proto::sequence_error::Kind::Grammar, message));
+        }
+    }
+    submit(ins, request_id, spec)
+}
+
+fn submit(ins: &Requests, request_id: u64, spec: Spec) -> Option<proto::SequenceEvent> {
+    match ins.submit(request_id, spec) {
+        // Of one that is over the outputs end too, and say why.
+        Ok(()) | Err(handle::Error::Over) => None,
+        Err(error @ handle::Error::Busy) => {
+            let kind = proto::sequence_error::Kind::Overloaded;
+            Some(error_event(request_id, kind, error.to_string()))
+        }
+    }
+}
+
 /// Passes one request on; an error event if it was refused before it came to the lead.
 async fn take_request(
     session: &Session,
     epoch: u64,
     ins: &Requests,
+    compiling: &mut Compiling,
     request: proto::GenerateRequest,
 ) -> Result<Option<proto::SequenceEvent>, Status> {
     use proto::generate_request::Body;
@@ -274,27 +306,33 @@ async fn take_request(
     }
     match request.body {
         None => Err(invalid("a request has neither submit nor cancel")),
-        Some(Body::Submit(submit)) => {
-            let request_id = submit.request_id;
+        Some(Body::Submit(mut wanted)) => {
+            let request_id = wanted.request_id;
             let refused = |kind, message: String| Ok(Some(error_event(request_id, kind, message)));
             if session.is_draining() {
                 let message = session::Error::Draining.to_string();
                 return refused(proto::sequence_error::Kind::Overloaded, message);
             }
-            let spec = match spec(submit) {
+            let source = match sampling::source(wanted.sampling.as_mut()) {
+                Ok(source) => source,
+                Err(message) => return refused(proto::sequence_error::Kind::Grammar, message),
+            };
+            let spec = match spec(wanted) {
                 Ok(spec) => spec,
                 Err(message) => return refused(proto::sequence_error::Kind::Invalid, message),
             };
-            match ins.submit(request_id, spec) {
+            let Some(source) = source else { return Ok(submit(ins, request_id, spec)) };
+            // An epoch that is over says so by the end of the outputs.
+            let Some(held) = session.served(epoch) else { return Ok(None) };
+            match compiling.begin(held.clone(), source, request_id, spec) {
                 Ok(()) => Ok(None),
-                Err(error @ handle::Error::Busy) => {
-                    refused(proto::sequence_error::Kind::Overloaded, error.to_string())
-                }
-                // The outputs end too, and say why.
-                Err(handle::Error::Over) => Ok(None),
+                Err(message) => refused(proto::sequence_error::Kind::Overloaded, message),
             }
         }
         Some(Body::Cancel(cancel)) => {
+            if compiling.cancel(cancel.request_id) {
+                return Ok(None);
+            }
             for _ in 0..CANCEL_TRIES {
                 match ins.cancel(cancel.request_id) {
                     Ok(()) | Err(handle::Error::Over) => return Ok(None),
@@ -348,6 +386,9 @@ fn event(event: Event) -> proto::SequenceEvent {
                 | Refusal::BadToken { .. } => proto::sequence_error::Kind::Invalid,
             };
             return error_event(request_id, kind, refusal.to_string());
+        }
+        Some(End::Failed { reason }) => {
+            return error_event(request_id, proto::sequence_error::Kind::Grammar, reason);
         }
         Some(End::Finished(Finish::Stop)) => proto::FinishReason::Stop,
         Some(End::Finished(Finish::Length)) => proto::FinishReason::Length,

@@ -405,7 +405,7 @@ fn a_full_queue_refuses_and_does_not_grow() {
             match event.end {
                 Some(End::Refused(Refusal::Overloaded { .. })) => n_refused += 1,
                 Some(End::Finished(_)) => n_finished += 1,
-                Some(End::Refused(other)) => panic!("{other}"),
+                Some(other) => panic!("{other:?}"),
                 None => {}
             }
         }

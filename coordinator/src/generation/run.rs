@@ -167,6 +167,10 @@ impl Run {
             stream::Error::Refused(Refusal::Invalid(message)) => {
                 return Err(Error::Invalid { message });
             }
+            stream::Error::Refused(Refusal::Grammar(message)) => {
+                let field = self.generation.grammar_field;
+                return Err(Error::Field { field, error: Box::new(Error::Invalid { message }) });
+            }
             stream::Error::Refused(Refusal::Overloaded(message)) if !began => {
                 return Err(Error::Overloaded { message });
             }

@@ -18,7 +18,7 @@ use tonic::transport::Endpoint;
 use tracing::{debug, warn};
 
 use super::handle::ReadyGroup;
-use super::stream::{Error, Event, Finish, Options, Refusal, Sampling, Submit, Token};
+use super::stream::{Error, Event, Finish, Grammar, Options, Refusal, Sampling, Submit, Token};
 
 /// Shared with the handles of a stream.
 #[derive(Default)]
@@ -235,7 +235,18 @@ fn sampling_to_wire(sampling: Sampling) -> wire::Sampling {
         logit_bias: sampling.logit_bias.into_iter().map(bias).collect(),
         min_tokens: sampling.min_tokens,
         n_resumed: sampling.n_resumed,
+        grammar: sampling.grammar.map(grammar_to_wire),
     }
+}
+
+fn grammar_to_wire(grammar: Grammar) -> wire::Grammar {
+    use wire::grammar::Source;
+    let source = match grammar {
+        Grammar::JsonSchema(text) => Source::JsonSchema(text.as_ref().to_owned()),
+        Grammar::Regex(text) => Source::Regex(text.as_ref().to_owned()),
+        Grammar::Lark(text) => Source::Lark(text.as_ref().to_owned()),
+    };
+    wire::Grammar { source: Some(source) }
 }
 
 /// The outer error breaks the stream: the lead does not speak our language.
@@ -245,6 +256,7 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
         let refusal = match error.kind() {
             Kind::Invalid => Refusal::Invalid(error.message),
             Kind::Overloaded => Refusal::Overloaded(error.message),
+            Kind::Grammar => Refusal::Grammar(error.message),
             Kind::Internal | Kind::Unspecified => Refusal::Internal(error.message),
         };
         return Ok(Err(Error::Refused(refusal)));

@@ -82,8 +82,21 @@ pub struct Sampling {
     pub min_tokens: u32,
     /// Of the prompt's last tokens: so many were generated before an interruption.
     pub n_resumed: u32,
+    /// What the output must be.
+    pub grammar: Option<Grammar>,
     /// Absent: no logprobs; 0: of the chosen token only.
     pub n_logprobs: Option<u32>,
+}
+
+/// What an output must be; the lead compiles it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Grammar {
+    /// JSON that fits this schema, which is JSON text itself.
+    JsonSchema(Arc<str>),
+    /// Text that this expression matches as a whole.
+    Regex(Arc<str>),
+    /// Text of this language, in llguidance's variant of Lark.
+    Lark(Arc<str>),
 }
 
 /// A token and what it was chosen from.
@@ -113,6 +126,8 @@ pub enum Refusal {
     /// The queue is full.
     Overloaded(String),
     Internal(String),
+    /// The grammar cannot be used, or not any longer.
+    Grammar(String),
 }
 
 /// What one step did to one sequence. After `finish` there is no more.

@@ -246,7 +246,6 @@ fn refuse_unimplemented(fields: &mut Fields) -> Result<(), Error> {
     fields.inert("tool_choice", &[json!("none"), json!("auto")])?;
     fields.inert("function_call", &[json!("none"), json!("auto")])?;
     fields.inert("parallel_tool_calls", &[json!(true), json!(false)])?;
-    fields.inert("response_format", &[json!({"type": "text"})])?;
     fields.inert("modalities", &[json!(["text"])])?;
     let rest = [
         "audio",

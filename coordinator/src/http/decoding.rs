@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::error::Error;
 use super::fields::Fields;
 use super::json::kind;
+use super::structure;
 use crate::generation::Decoding;
 
 /// Longest stop string, in characters.
@@ -35,6 +36,13 @@ pub fn take(fields: &mut Fields) -> Result<Decoding, Error> {
     let presence = fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0);
     let frequency = fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0);
     let min_tokens = fields.integer("min_tokens", 0..=i64::from(i32::MAX))?.unwrap_or(0);
+    let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
+    let structure = structure::take(fields)?;
+    if ignore_eos && let Some(given) = &structure {
+        let field = given.field;
+        let message = format!("`ignore_eos` does not go with `{field}`, which says where to end");
+        return Err(Error::field("ignore_eos", message));
+    }
     Ok(Decoding {
         temperature: temperature as f32,
         top_p: top_p as f32,
@@ -47,8 +55,9 @@ pub fn take(fields: &mut Fields) -> Result<Decoding, Error> {
         seed: seed.map(|seed| seed as u64), // all 64 bits: negative seeds are seeds too
         stop,
         stop_token_ids: stop_token_ids(fields)?,
-        ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
+        ignore_eos,
         min_tokens: u32::try_from(min_tokens).unwrap_or(0),
+        structure,
     })
 }
 

@@ -19,6 +19,7 @@ mod server;
 mod socket;
 mod sse;
 mod status;
+mod structure;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -28,7 +28,7 @@ pub struct Common {
 }
 
 /// Names of the fields that [`Common::take`] reads, for "known are".
-pub const KNOWN: [&str; 24] = [
+pub const KNOWN: [&str; 30] = [
     "model",
     "n",
     "stream",
@@ -48,6 +48,12 @@ pub const KNOWN: [&str; 24] = [
     "stop_token_ids",
     "ignore_eos",
     "min_tokens",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
     "user",
     "metadata",
     "safety_identifier",

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::lead::Lead;
+use crate::lead::{Lead, Script};
 use crate::tiny;
 use crate::world::{CONTEXT, World, alphabet, says, script, user};
 
@@ -173,6 +173,31 @@ async fn penalties_bias_and_stops_reach_the_lead_as_they_were_asked() {
     assert_eq!((plain.min_p, plain.repetition_penalty, plain.n_resumed), (0.0, 1.0, 0));
     assert_eq!((plain.presence_penalty, plain.frequency_penalty), (0.0, 0.0));
     assert_eq!((plain.logit_bias.len(), plain.min_tokens), (0, 0));
+}
+
+#[tokio::test]
+async fn what_an_answer_must_be_reaches_the_lead_and_its_refusal_the_client() {
+    use evener_proto::worker as wire;
+    let lead = Lead::start(1, script(alphabet()));
+    let world = World::start(&[&lead]).await;
+    let mut request = json!({"prompt": [1], "guided_choice": ["yes", "no"], "max_tokens": 3});
+    world.post(COMPLETIONS, request.clone()).await.ok();
+    let sampling = lead.submits().remove(0).sampling.unwrap();
+    let source = sampling.grammar.unwrap().source.unwrap();
+    assert_eq!(source, wire::grammar::Source::Regex("(?:yes|no)".to_owned()));
+
+    let kind = wire::sequence_error::Kind::Grammar.into();
+    let refusal = wire::SequenceError { kind, message: "no text fits it".to_owned() };
+    let lead = Lead::start(2, Script { refusal: Some(refusal), ..script(alphabet()) });
+    world.set_leads(&[&lead]);
+    for stream in [false, true] {
+        request["stream"] = json!(stream);
+        let answer = world.post(COMPLETIONS, request.clone()).await;
+        assert_eq!(answer.status, 400, "{}", answer.text);
+        let error = answer.json()["error"].clone();
+        assert_eq!(error["param"], "guided_choice");
+        assert!(error["message"].as_str().unwrap().contains("no text fits it"), "{error}");
+    }
 }
 
 #[tokio::test]

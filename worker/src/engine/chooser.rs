@@ -12,6 +12,7 @@ use evener_kernels::peaks::{n_peaks, peaks_of};
 use super::Error;
 use super::answer::Answer;
 use super::ask::{Ask, RowAsk};
+use super::masks::Masks;
 use super::output::TokenOut;
 use super::penalties::Edits;
 use super::rank::Rank;
@@ -34,6 +35,7 @@ pub struct Chooser {
     pub choices: Vec<Choice>,
     /// Of the sequences that have any.
     edits: HashMap<SequenceId, Edits>,
+    masks: Masks,
     ask: Ask,
     answer: Answer,
     whole: Whole,
@@ -48,6 +50,8 @@ pub struct Choice {
     pub token: Option<TokenOut>,
     /// Of the positions that follow the entry's rows, where these are prompt.
     pub prompt_tokens: Vec<TokenOut>,
+    /// Why the sequence cannot go on: its token means nothing.
+    pub failure: Option<String>,
 }
 
 /// A row that was fetched.
@@ -61,6 +65,14 @@ struct Whole {
 }
 
 impl Chooser {
+    /// Before the plan is run: what can be computed beside it.
+    ///
+    /// # Errors
+    /// The epoch is over.
+    pub fn begin(&mut self, scheduler: &Scheduler, plan: &StepPlan) -> Result<(), Error> {
+        self.masks.begin(scheduler, plan)
+    }
+
     /// Chooses for every entry of the plan in flight.
     ///
     /// # Errors
@@ -74,6 +86,7 @@ impl Chooser {
         self.tokens.clear();
         self.choices.clear();
         if plan.asks {
+            self.masks.join()?;
             self.ask_about(scheduler, plan, rank.limits().vocab);
             rank.ask(&self.ask)?;
         }
@@ -98,6 +111,7 @@ impl Chooser {
     /// The sequence is gone.
     pub fn forget(&mut self, id: SequenceId) {
         self.edits.remove(&id);
+        self.masks.forget(id);
     }
 
     fn ask_about(&mut self, scheduler: &Scheduler, plan: &StepPlan, vocab: usize) {
@@ -114,31 +128,53 @@ impl Chooser {
                         n_raw: n_raw.or(Some(0)),
                         ..RowAsk::default()
                     },
-                    None => RowAsk {
-                        n_top: sampling.n_head().min(vocab as u32),
-                        total_scale: sampling.wants_total().then(|| sampling.scale()),
-                        n_raw,
-                        n_edits: self.put_edits(sequence, vocab),
-                        ..RowAsk::default()
-                    },
+                    None => {
+                        let (is_masked, may_go_on) = self.put_mask(sequence, vocab);
+                        RowAsk {
+                            n_top: sampling.n_head().min(vocab as u32),
+                            total_scale: sampling.wants_total().then(|| sampling.scale()),
+                            n_raw,
+                            n_edits: self.put_edits(sequence, may_go_on),
+                            is_masked,
+                            ..RowAsk::default()
+                        }
+                    }
                 };
                 self.ask.rows.push(row);
             }
         }
     }
 
+    /// Adds a sequence's mask to the ask. Says whether it has one, and whether any token but those
+    /// that end it may come.
+    fn put_mask(&mut self, sequence: &Sequence, vocab: usize) -> (bool, bool) {
+        let stop_token_ids = &sequence.sampling.stop_token_ids;
+        let Some(Ok(mask)) = self.masks.mask(sequence.id) else {
+            return (false, stop_token_ids.len() < vocab);
+        };
+        let start = self.ask.masks.len();
+        self.ask.masks.extend_from_slice(mask);
+        self.ask.masks.resize(start + Ask::mask_words(vocab), 0);
+        let n_allowed: u32 = mask.iter().map(|bits| bits.count_ones()).sum();
+        let is_allowed = |token: u32| {
+            mask.get(token as usize / 32).is_some_and(|bits| bits >> (token % 32) & 1 == 1)
+        };
+        let n_stops = stop_token_ids.iter().filter(|&&token| is_allowed(token)).count();
+        (true, (n_allowed as usize) > n_stops)
+    }
+
     /// Adds a sequence's edits to the ask, and says how many.
-    fn put_edits(&mut self, sequence: &Sequence, vocab: usize) -> u32 {
+    fn put_edits(&mut self, sequence: &Sequence, may_go_on: bool) -> u32 {
         let (sampling, edits) = (&sequence.sampling, &mut self.ask.edits);
         let n_before = edits.len();
-        let n_output = sequence.n_generated() + sampling.n_resumed as usize;
+        let n_output = sequence.n_output();
         if sampling.has_edits() {
             let new = || Edits::new(sampling);
             let state = self.edits.entry(sequence.id).or_insert_with(new);
-            let n_prompt = sequence.tokens.len().saturating_sub(n_output);
+            let n_prompt = sequence.tokens.len() - n_output;
             edits.extend(state.after(&sequence.tokens, n_prompt, &sampling.penalties));
         }
-        if n_output < sampling.min_tokens as usize && sampling.stop_token_ids.len() < vocab {
+        if n_output < sampling.min_tokens as usize && may_go_on {
             edits.extend(sampling.stop_token_ids.iter().map(|&token| Edit::ban(token)));
         }
         (edits.len() - n_before) as u32
@@ -153,6 +189,9 @@ impl Chooser {
         first_row_idx: usize,
     ) -> Result<Choice, Error> {
         let mut choice = Choice::default();
+        if let Some(Err(reason)) = self.masks.mask(sequence.id) {
+            choice.failure = Some(reason.to_owned());
+        }
         for i in 0..entry.n_sampled {
             let row_idx = first_row_idx + i as usize;
             let (asked, answer) = (self.ask.rows[row_idx], &mut self.answer);
@@ -256,5 +295,5 @@ fn likeliest(rank: &Rank, entry: &Entry, row_idx: usize) -> Result<Choice, Error
     }
     let id = rank.likeliest(row_idx)?;
     let token = Some(TokenOut { id, logprob: None, top: Vec::new() });
-    Ok(Choice { token, prompt_tokens: Vec::new() })
+    Ok(Choice { token, ..Choice::default() })
 }

@@ -38,6 +38,8 @@ pub struct Lead {
     plan: StepPlan,
     chooser: Chooser,
     committed: Vec<Committed>,
+    /// Of the step in flight: sequences that could not be given a token, and why.
+    failed: Vec<(SequenceId, String)>,
 }
 
 struct Stream {
@@ -73,6 +75,7 @@ impl Lead {
             plan: StepPlan::with_room(&limits),
             chooser: Chooser::default(),
             committed: Vec::with_capacity(limits.n_slots),
+            failed: Vec::new(),
         };
         lead.figures.set_load(lead.load());
         (handle, lead)
@@ -161,6 +164,7 @@ impl Lead {
 
     /// One step of all ranks, its tokens into the streams' next messages.
     fn step(&mut self) -> Result<(), Error> {
+        self.chooser.begin(&self.scheduler, &self.plan)?;
         self.rank.lead(&mut self.plan)?;
         self.last_plan = Instant::now();
         self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
@@ -169,6 +173,10 @@ impl Lead {
                 continue;
             }
             let id = self.scheduler.scheduled(entry_idx).id;
+            if let Some(reason) = choice.failure {
+                self.failed.push((id, reason));
+                continue;
+            }
             let Owner { stream, request_id } = self.owners[&id];
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             stream.events.push(Event {
@@ -183,6 +191,9 @@ impl Lead {
         self.figures.stepped(committed.len() as u64);
         for Committed { id, finish, .. } in committed.drain(..) {
             let Some(finish) = finish else { continue };
+            if self.failed.iter().any(|(failed, _)| *failed == id) {
+                continue;
+            }
             let Owner { stream, request_id } = self.owners[&id];
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
@@ -191,7 +202,24 @@ impl Lead {
             event.expect("it has just got a token").end = Some(End::Finished(finish));
         }
         self.committed = committed;
+        self.end_failed();
         Ok(())
+    }
+
+    /// Ends the sequences that could not be given a token in the step just committed.
+    fn end_failed(&mut self) {
+        while let Some((id, reason)) = self.failed.pop() {
+            let Some(&Owner { stream, request_id }) = self.owners.get(&id) else { continue };
+            self.scheduler.cancel(id);
+            self.forget(id);
+            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
+            stream.events.push(Event {
+                request_id,
+                token: None,
+                prompt_tokens: Vec::new(),
+                end: Some(End::Failed { reason }),
+            });
+        }
     }
 
     /// Heartbeat if due; then waits a little for a command, watching the peers.

@@ -8,9 +8,11 @@ pub mod ask;
 pub mod batch;
 mod chooser;
 pub mod follower;
+pub mod grammar;
 pub mod handle;
 pub mod kv_blocks;
 pub mod lead;
+mod masks;
 pub mod output;
 mod penalties;
 pub mod probe;
@@ -42,6 +44,8 @@ pub enum Error {
     Ask(#[from] ask::Error),
     #[error(transparent)]
     Answer(#[from] answer::Nonsense),
+    #[error("the thread that computes masks {what}")]
+    Masks { what: &'static str },
     #[error("no token is allowed at position {position} of a sequence")]
     NothingAllowed { position: u32 },
     #[error("the lead sent {what} {got}; {expected} was due")]

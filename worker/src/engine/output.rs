@@ -25,6 +25,10 @@ pub struct Event {
 pub enum End {
     Finished(Finish),
     Refused(Refusal),
+    /// Its grammar cannot go on.
+    Failed {
+        reason: String,
+    },
 }
 
 /// A token, and its log-probability if asked for.

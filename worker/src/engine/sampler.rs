@@ -7,6 +7,8 @@
 
 use evener_kernels::softmax::{ONE, mass};
 
+use super::grammar::Grammar;
+
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -29,6 +31,8 @@ pub struct Sampling {
     /// So many of the prompt's last tokens were generated before an interruption: penalties and
     /// `min_tokens` count them as generated.
     pub n_resumed: u32,
+    /// What the output must be; stop tokens come only where it is complete.
+    pub grammar: Option<Grammar>,
     /// None: report no log-probabilities; else of the chosen token and of the n likeliest.
     pub n_logprobs: Option<u32>,
 }
@@ -64,6 +68,7 @@ impl Default for Sampling {
             stop_token_ids: Vec::new(),
             min_tokens: 0,
             n_resumed: 0,
+            grammar: None,
             n_logprobs: None,
         }
     }
@@ -88,7 +93,7 @@ impl Sampling {
     /// Its tokens cannot be chosen, or told about, by the likeliest of the model's logits alone.
     #[must_use]
     pub fn asks(&self) -> bool {
-        let edits = self.has_edits() || self.min_tokens > 0;
+        let edits = self.has_edits() || self.min_tokens > 0 || self.grammar.is_some();
         !self.is_greedy() || self.n_logprobs.is_some() || edits
     }
 

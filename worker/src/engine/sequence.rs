@@ -67,6 +67,12 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
+    /// Tokens that count as the answer: those from before an interruption too.
+    #[must_use]
+    pub fn n_output(&self) -> usize {
+        self.n_generated() + (self.sampling.n_resumed as usize).min(self.prompt_len)
+    }
+
     /// Tokens that are known and not yet computed.
     #[must_use]
     pub fn n_pending(&self) -> usize {

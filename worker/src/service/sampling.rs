@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 
 use evener_proto::worker as proto;
 
+use crate::engine::grammar::Source;
 use crate::engine::sampler::{MAX_LOGPROBS, MAX_TEMPERATURE, Penalties, Sampling};
 
 /// Most tokens with a bias of their own, and most stop tokens.
@@ -54,8 +55,26 @@ pub fn parse(wire: proto::Sampling, n_prompt: usize) -> Result<Sampling, String>
         stop_token_ids: wire.stop_token_ids,
         min_tokens: wire.min_tokens,
         n_resumed: wire.n_resumed,
+        grammar: None,
         n_logprobs: wire.n_logprobs,
     })
+}
+
+/// What a request's output must be; compile.rs makes a grammar of it.
+///
+/// # Errors
+/// A grammar without a source.
+pub fn source(sampling: Option<&mut proto::Sampling>) -> Result<Option<Source>, String> {
+    use proto::grammar::Source as Wire;
+    let Some(grammar) = sampling.and_then(|sampling| sampling.grammar.take()) else {
+        return Ok(None);
+    };
+    match grammar.source {
+        None => Err("a grammar has no source".to_owned()),
+        Some(Wire::JsonSchema(text)) => Ok(Some(Source::JsonSchema(text))),
+        Some(Wire::Regex(text)) => Ok(Some(Source::Regex(text))),
+        Some(Wire::Lark(text)) => Ok(Some(Source::Lark(text))),
+    }
 }
 
 fn within<T: PartialOrd + Display>(
