@@ -309,6 +309,50 @@ fn hostile_sources_are_refused_in_bounded_time() {
     assert!(model.compiler.compile(&json("{\"type\": \"object\"}")).is_ok());
 }
 
+/// Fuel bounds a mask to about 8 ms where optimised; with room for a debug build on busy cores.
+const MASK_BOUNDED: Duration = Duration::from_millis(500);
+
+#[test]
+fn no_source_that_is_taken_makes_a_mask_slow() {
+    let model = Model::new(&Checkpoint::open(&real_model()).unwrap());
+    let sources = [
+        Source::Regex("(x+x+)+y".to_owned()),
+        Source::Regex("(.*a.{30}){20}".to_owned()),
+        Source::Regex(".*(a|b)*.*(a|bb)*.*c.{1,200}d".to_owned()),
+        Source::Regex("((a{1,1000}){1,1000}){1,1000}".to_owned()),
+        Source::Lark("start: start start | \"a\" | \"b\" start".to_owned()),
+        Source::Lark("start: a a a a a\na: \"x\" a | a \"x\" | \"x\" | ".to_owned()),
+        Source::JsonSchema("{\"type\": \"array\", \"items\": {}}".to_owned()),
+        Source::JsonSchema("{\"anyOf\": [{}, {\"type\": \"object\"}, {\"items\": {}}]}".to_owned()),
+    ];
+    for source in sources {
+        let mut matcher = model.compiler.compile(&source).unwrap().matcher();
+        let (mut worst, mut n, mut end) = (Duration::ZERO, 0, None);
+        for step in 0..200usize {
+            let began = Instant::now();
+            let mask = matcher.compute_mask_or_eos();
+            worst = worst.max(began.elapsed());
+            let allowed = match mask {
+                Ok(mask) => mask.to_list(),
+                Err(error) => {
+                    end = Some(error.to_string());
+                    break;
+                }
+            };
+            let next = allowed[step * 7919 % allowed.len()];
+            if model.eos.contains(&next) {
+                break;
+            }
+            n += 1;
+            let began = Instant::now();
+            matcher.consume_tokens(&[next]).unwrap();
+            worst = worst.max(began.elapsed());
+        }
+        println!("{source:?}: {n} tokens, slowest {worst:?}, {end:?}");
+        assert!(worst < MASK_BOUNDED, "{source:?}: {worst:?}");
+    }
+}
+
 #[test]
 fn a_real_model_writes_json_that_fits() {
     let checkpoint = Checkpoint::open(&real_model()).unwrap();

@@ -264,9 +264,10 @@ impl Answers {
             read().map_err(|what| Nonsense { rank, row_idx: self.row_idx, what })?;
         }
         self.row_idx += 1;
-        // Beyond as many as each rank gave, another's next one may be likelier than what follows.
-        let n_known = if out.is_all { usize::MAX } else { asked.n_top as usize };
-        keep_likeliest(n_known, &mut out.candidates);
+        // Beyond as many as each rank gave, another's next one may be likelier than what follows;
+        // and where all gave all they have, what is kept must still not depend on the split.
+        out.is_all &= out.candidates.len() <= asked.n_top as usize;
+        keep_likeliest(asked.n_top as usize, &mut out.candidates);
         keep_likeliest(asked.n_raw.unwrap_or(0) as usize, &mut out.raw);
         out.norm = asked.n_raw.map(|_| Norm::new(highest.raw, raw_total));
         Ok(())

@@ -17,14 +17,13 @@ use super::output::TokenOut;
 use super::penalties::Edits;
 use super::rank::Rank;
 use super::row::{Edit, Norm, Row, edit};
-use super::sampler::{Candidate, Head, MAX_LOGPROBS, choose};
+use super::sampler::{Candidate, Head, MAX_LOGPROBS, beyond, choose};
 use super::scheduler::Scheduler;
 use super::sequence::{Sequence, SequenceId};
 use super::step::{Entry, StepPlan};
 
-/// Candidates looked at first where those of the answers were too few; then so many times more.
-const WIDER: usize = 4096;
-const WIDER_STILL: usize = 8;
+/// So many times more candidates are looked at where those before were too few.
+const WIDER: usize = 8;
 
 /// Working memory, and the answer for one step.
 #[derive(Debug, Default)]
@@ -39,8 +38,7 @@ pub struct Chooser {
     ask: Ask,
     answer: Answer,
     whole: Whole,
-    /// Entries whose token the answers did not tell, each with its row and what is known of it.
-    open: Vec<(usize, u32, Option<Norm>)>,
+    open: Vec<Open>,
     fetch: StepPlan,
 }
 
@@ -52,6 +50,15 @@ pub struct Choice {
     pub prompt_tokens: Vec<TokenOut>,
     /// Why the sequence cannot go on: its token means nothing.
     pub failure: Option<String>,
+}
+
+/// A row of which the answers did not tell the token, and what they did tell.
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    entry_idx: usize,
+    row_idx: u32,
+    norm: Option<Norm>,
+    total: u64,
 }
 
 /// A row that was fetched.
@@ -209,7 +216,8 @@ impl Chooser {
                 return Err(Error::NothingAllowed { position });
             }
             let Some(chosen) = choose(&head, &sequence.sampling, position) else {
-                self.open.push((entry_idx, row_idx as u32, answer.norm));
+                let (norm, total) = (answer.norm, answer.total);
+                self.open.push(Open { entry_idx, row_idx: row_idx as u32, norm, total });
                 // Its token is filled in once the row is here.
                 let token = TokenOut { id: 0, logprob: None, top: top(answer) };
                 choice.token = Some(token);
@@ -225,16 +233,16 @@ impl Chooser {
     /// Decides the open rows by all of their logits.
     fn look_wider(&mut self, rank: &mut Rank, scheduler: &Scheduler) -> Result<(), Error> {
         self.fetch.clear();
-        self.fetch.rows.extend(self.open.iter().map(|(_, row_idx, _)| *row_idx));
+        self.fetch.rows.extend(self.open.iter().map(|open| open.row_idx));
         rank.fetch(&mut self.fetch)?;
         for nth in 0..self.open.len() {
-            let (entry_idx, row_idx, norm) = self.open[nth];
+            let Open { entry_idx, row_idx, norm, total } = self.open[nth];
             let sequence = scheduler.scheduled(entry_idx);
             rank.fetched(nth, &mut self.whole.raw);
             let vocab = self.whole.raw.len();
             let of_row = self.ask.iter(vocab).nth(row_idx as usize);
             let (_, edits, mask) = of_row.expect("an open row was asked about");
-            let chosen = self.whole.choose(rank, edits, mask, sequence)?;
+            let chosen = self.whole.choose(rank, edits, mask, sequence, total)?;
             let token = self.choices[entry_idx].token.as_mut();
             let token = token.expect("an open row has a place for its token");
             token.id = chosen.token;
@@ -253,6 +261,7 @@ impl Whole {
         edits: &[Edit],
         mask: Option<&[u32]>,
         sequence: &Sequence,
+        total: u64,
     ) -> Result<Candidate, Error> {
         let Self { raw, edited, peaks, candidates, scratch } = self;
         let (sampling, position) = (&sequence.sampling, sequence.tokens.len() as u32);
@@ -261,8 +270,17 @@ impl Whole {
         peaks.resize(n_peaks(edited.len()), 0.0);
         peaks_of(rank.isa(), edited, peaks);
         let row = Row::new(rank.isa(), 0, edited, peaks)?;
-        let total = row.total(row.highest(), sampling.scale());
-        let mut n = WIDER.max(sampling.top_k as usize);
+        if sampling.wants_tail() {
+            row.likeliest(sampling.n_head() as usize, raw, candidates, scratch);
+            let head = Head { candidates, is_all: false, total };
+            let at = beyond(&head, sampling, position);
+            let token = row.passing(at, candidates, row.highest(), sampling.scale());
+            let token = token.ok_or(Error::NothingAllowed { position })?;
+            let [logit, raw] = [&*edited, &*raw].map(|row| row[token as usize]);
+            return Ok(Candidate { token, logit, raw });
+        }
+        // At first as many as the peaks can tell from the rest.
+        let mut n = peaks.len().max(sampling.top_k as usize);
         loop {
             row.likeliest(n, raw, candidates, scratch);
             let head = Head { candidates, is_all: candidates.len() < n, total };
@@ -272,7 +290,7 @@ impl Whole {
             if head.is_all {
                 return Err(Error::NothingAllowed { position });
             }
-            n *= WIDER_STILL;
+            n *= WIDER;
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::cmp::Ordering;
 
 use evener_kernels::Isa;
-use evener_kernels::peaks::{at_least, best};
+use evener_kernels::peaks::{STRETCH, at_least, best};
 use evener_kernels::softmax;
 
 use super::sampler::Candidate;
@@ -48,12 +48,21 @@ pub fn edit(logits: &mut [f32], first: u32, edits: &[Edit], mask: Option<&[u32]>
         }
     }
     let Some(mask) = mask else { return };
-    for (token, logit) in (first..).zip(logits) {
+    // A word's tokens at a time, for most words are all or nothing.
+    let (mut token, mut logits) = (first, logits);
+    while !logits.is_empty() {
+        let n = (32 - token as usize % 32).min(logits.len());
+        let (of_word, rest) = logits.split_at_mut(n);
         // A vocabulary may have rows that no token belongs to: beyond the mask nothing is allowed.
-        let word = mask.get(token as usize / 32).copied().unwrap_or(0);
-        if word >> (token % 32) & 1 == 0 {
-            *logit = BANNED;
+        let word = mask.get(token as usize / 32).copied().unwrap_or(0) >> (token % 32);
+        match word {
+            0 => of_word.fill(BANNED),
+            u32::MAX => {}
+            bits => (0u32..).zip(of_word).for_each(|(bit, logit)| {
+                *logit = if bits >> bit & 1 == 1 { *logit } else { BANNED };
+            }),
         }
+        (token, logits) = (token + n as u32, rest);
     }
 }
 
@@ -102,6 +111,31 @@ impl<'a> Row<'a> {
         softmax::total(self.isa, self.logits, highest, scale)
     }
 
+    /// Going through the tokens that are not among `but`, in order: that at which the sum of their
+    /// masses passes `at`; none if all of them do not.
+    #[must_use]
+    pub fn passing(&self, at: u64, but: &[Candidate], highest: f32, scale: f32) -> Option<u32> {
+        let is_in = |token: u32| but.iter().any(|candidate| candidate.token == token);
+        let (mut sum, mut first) = (0, self.first);
+        for stretch in self.logits.chunks(STRETCH) {
+            let end = first + stretch.len() as u32;
+            let of_but = but.iter().filter(|candidate| (first..end).contains(&candidate.token));
+            let taken: u64 = of_but.map(|one| softmax::mass(one.logit, highest, scale)).sum();
+            let mass = softmax::total(self.isa, stretch, highest, scale) - taken;
+            if sum + mass > at {
+                let masses = stretch.iter().map(|&logit| softmax::mass(logit, highest, scale));
+                for (token, mass) in (first..).zip(masses).filter(|&(token, _)| !is_in(token)) {
+                    sum += mass;
+                    if sum > at {
+                        return Some(token);
+                    }
+                }
+            }
+            (sum, first) = (sum + mass, end);
+        }
+        None
+    }
+
     /// Replaces `out` by the `n` likeliest tokens that are not banned, best first; of equals the
     /// lowest first. `raw`: the row before edits. `scratch` is only kept for its memory.
     pub fn likeliest(
@@ -131,6 +165,8 @@ impl<'a> Row<'a> {
             let at = scratch.len() - n;
             let (_, &mut least, _) = scratch.select_nth_unstable(at);
             let least = f32::from_bits(ordered(least) as u32);
+            // Where fewer may come than are asked for, the rest need not be looked at.
+            let least = least.max(BANNED.next_up());
             at_least(self.isa, self.logits, self.peaks, least, take);
         } else {
             self.logits.iter().enumerate().for_each(|(at, &logit)| take(at, logit));
@@ -223,6 +259,29 @@ mod tests {
             assert_eq!(likeliest(&[0.0, -0.0, 0.0], n)[0].0, 0);
             assert_eq!(likeliest(&[BANNED, BANNED], n), []);
         }
+    }
+
+    #[test]
+    fn a_place_in_the_mass_of_the_tail_is_the_token_it_falls_on() {
+        let logits: Vec<f32> = (0..3000).map(|i| (i * 7919 % 13) as f32 * -0.7).collect();
+        let peaks = peaks(&logits);
+        let row = Row::new(Isa::detect(), 10, &logits, &peaks).unwrap();
+        let (mut head, mut scratch) = (Vec::new(), Vec::new());
+        row.likeliest(300, &logits, &mut head, &mut scratch);
+        let but: Vec<u32> = head.iter().map(|candidate| candidate.token).collect();
+        let mut sum = 0;
+        for (token, &logit) in (10..).zip(&logits) {
+            if but.contains(&token) {
+                continue;
+            }
+            let mass = softmax::mass(logit, 0.0, 2.0);
+            if token % 100 < 3 && mass > 0 {
+                assert_eq!(row.passing(sum, &head, 0.0, 2.0), Some(token));
+                assert_eq!(row.passing(sum + mass - 1, &head, 0.0, 2.0), Some(token));
+            }
+            sum += mass;
+        }
+        assert_eq!(row.passing(sum, &head, 0.0, 2.0), None);
     }
 
     #[test]

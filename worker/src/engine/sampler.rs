@@ -1,8 +1,8 @@
 //! The likeliest tokens of a row to the next token. Pure: a token depends on (logits, sampling,
 //! position).
 //!
-//! A token is drawn from the likeliest downwards, so that a few of them usually decide, and whether
-//! they do is known: see [`choose`]. Masses are integers, and random numbers come from a counter,
+//! A token is drawn from the likeliest downwards (where nothing is cut off, beyond the first of them
+//! in order of ids), so that a few usually decide, and whether they do is known: see [`choose`]. Masses are integers, and random numbers come from a counter,
 //! not from a state: neither the split of the vocabulary nor a resumption elsewhere changes a token.
 
 use evener_kernels::softmax::{ONE, mass};
@@ -119,6 +119,12 @@ impl Sampling {
         }
     }
 
+    /// No token is cut off, so that what is beyond the candidates has no order of its own.
+    #[must_use]
+    pub fn wants_tail(&self) -> bool {
+        self.wants_total() && self.top_p >= 1.0
+    }
+
     /// Whether [`Head::total`] is looked at.
     #[must_use]
     pub fn wants_total(&self) -> bool {
@@ -147,8 +153,24 @@ pub struct Head<'a> {
     pub total: u64,
 }
 
+/// Where [`choose`] gave none and `wants_tail`: how much of the mass beyond the candidates is to be
+/// passed, taken in order of ids.
+#[must_use]
+pub fn beyond(head: &Head<'_>, sampling: &Sampling, position: u32) -> u64 {
+    let highest = head.candidates.first().map_or(0.0, |candidate| candidate.logit);
+    let masses = head.candidates.iter().map(|one| mass(one.logit, highest, sampling.scale()));
+    drawn(head.total, sampling, position).saturating_sub(masses.sum())
+}
+
+/// A place in this much mass.
+fn drawn(total: u64, sampling: &Sampling, position: u32) -> u64 {
+    let product = u128::from(random(sampling.seed, position)) * u128::from(total);
+    (product >> RANDOM_BITS) as u64
+}
+
 /// Which candidate is the token at `position` of its sequence; none if they are too few to tell.
-/// More candidates never change the answer.
+/// More candidates than these never change the answer; where [`Sampling::wants_tail`], they are as
+/// many as [`Sampling::n_head`] says, and [`beyond`] goes on.
 #[must_use]
 pub fn choose(head: &Head<'_>, sampling: &Sampling, position: u32) -> Option<usize> {
     let &Head { mut candidates, mut is_all, mut total } = head;
@@ -182,8 +204,8 @@ pub fn choose(head: &Head<'_>, sampling: &Sampling, position: u32) -> Option<usi
             None => return None,
         }
     }
-    let at = (u128::from(random(sampling.seed, position)) * u128::from(total)) >> RANDOM_BITS;
-    reach(candidates.iter().map(mass), |sum| u128::from(sum) > at).map(|(idx, _)| idx)
+    let at = drawn(total, sampling, position);
+    reach(candidates.iter().map(mass), |sum| sum > at).map(|(idx, _)| idx)
 }
 
 /// The first item at which the sum so far is enough, and that sum.

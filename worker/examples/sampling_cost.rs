@@ -1,7 +1,7 @@
-//! Prints what structured output costs: a group of two ranks of one thread each generates with and
-//! without a schema, in turn.
+//! Prints what sampling and structured output cost: a group of two ranks of one thread each
+//! generates with one kind and with another, in turn.
 //!
-//! `cargo run --release -p evener-worker --example mask_cost model.gguf [sequences] [tokens]`
+//! `cargo run --release -p evener-worker --example sampling_cost model.gguf [sequences] [tokens]`
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use evener_collective::{Mesh, Options as MeshOptions};
 use evener_worker::backend::{self, Kind};
 use evener_worker::checkpoint::Checkpoint;
-use evener_worker::engine::grammar::{Compiler, Grammar, Source};
+use evener_worker::engine::grammar::{Compiler, Source};
 use evener_worker::engine::sampler::Sampling;
 use evener_worker::engine::sequence::Spec;
 use evener_worker::engine::step::Limits;
@@ -60,11 +60,22 @@ fn main() -> Result<(), Failure> {
             scope.spawn(move || follower::run(&mut rank, &Figures::default()));
         }
         let leading = scope.spawn(move || lead.run().map_err(|error| error.to_string()));
+        let warm = Sampling { temperature: 1.0, ..Sampling::default() };
+        let top_k = Sampling { top_k: 40, temperature: 0.8, ..warm.clone() };
+        let others = [
+            ("greedy", Sampling::default()),
+            ("top-k 40, structured", Sampling { grammar: Some(grammar), ..top_k.clone() }),
+            ("temperature 1", warm.clone()),
+            ("top-p 0.95", Sampling { top_p: 0.95, ..warm.clone() }),
+            ("min-p 0.05", Sampling { min_p: 0.05, ..warm }),
+        ];
         for round in 0..ROUNDS {
-            let plain = rate(&handle, n_sequences, n_tokens, None)?;
-            let masked = rate(&handle, n_sequences, n_tokens, Some(&grammar))?;
-            let cost = 100.0 * (1.0 - masked / plain);
-            println!("{round}: plain {plain:.1} tok/s, structured {masked:.1} tok/s: {cost:.1} %");
+            for (name, other) in &others {
+                let plain = rate(&handle, n_sequences, n_tokens, &top_k)?;
+                let rate = rate(&handle, n_sequences, n_tokens, other)?;
+                let cost = 100.0 * (1.0 - rate / plain);
+                println!("{round}: top-k 40 {plain:.0} tok/s, {name} {rate:.0} tok/s: {cost:.1} %");
+            }
         }
         handle.leave()?;
         leading.join().map_err(|_| "the lead panicked")??;
@@ -76,18 +87,16 @@ fn millis(began: Instant) -> f64 {
     began.elapsed().as_secs_f64() * 1e3
 }
 
-/// Tokens a second of sequences that decode together; both kinds draw from the 40 likeliest.
+/// Tokens a second of sequences that decode together.
 fn rate(
     handle: &Handle,
     n_sequences: usize,
     n_tokens: usize,
-    grammar: Option<&Grammar>,
+    sampling: &Sampling,
 ) -> Result<f64, Failure> {
     let (requests, mut outputs) = handle.open(1 << 16)?;
     for id in 0..n_sequences as u64 {
-        let grammar = grammar.cloned();
-        let (temperature, top_k) = (0.8, 40);
-        let sampling = Sampling { temperature, top_k, seed: id, grammar, ..Sampling::default() };
+        let sampling = Sampling { seed: id, ..sampling.clone() };
         let (prompt, max_tokens) = (vec![1, 5, 9 + id as u32], n_tokens as u32);
         requests.submit(id, Spec { prompt, max_tokens, sampling, prompt_logprobs: false })?;
     }
