@@ -14,7 +14,7 @@ use evener_worker::backend::{Backend, Batch, Error as BackendError};
 use evener_worker::engine::batch::Tables;
 use evener_worker::engine::sampler::{Row, Sampling, Scratch, sample};
 use evener_worker::engine::scheduler::{self, Scheduler};
-use evener_worker::engine::sequence::Spec;
+use evener_worker::engine::sequence::{Origin, Spec};
 use evener_worker::engine::step::{Limits, StepPlan};
 use evener_worker::engine::{Lead, Rank, batch};
 
@@ -118,7 +118,7 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
     };
     let whole = 0..limits.vocab;
     let rank = Rank::new(mesh, Box::new(backend), vec![whole], limits.clone());
-    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let options = scheduler::Options::new(limits.clone());
     let (handle, mut lead) = Lead::new(rank, options, Arc::default());
     let leading = std::thread::spawn(move || lead.run().map_err(|error| error.to_string()));
     let (requests, mut outputs) = handle.open(1 << 16)?;
@@ -139,12 +139,13 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
 
 fn spec(id: u64, sampling: &Sampling) -> Spec {
     let sampling = Sampling { seed: id, ..sampling.clone() };
-    Spec { prompt: vec![1, 2, 3], max_tokens: STEPS, sampling, prompt_logprobs: false }
+    let origin = Origin::default();
+    Spec { prompt: vec![1, 2, 3], max_tokens: STEPS, sampling, prompt_logprobs: false, origin }
 }
 
 /// Scheduling, the plan's form on the wire and the batch, each alone.
 fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
-    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let options = scheduler::Options::new(limits.clone());
     let mut scheduler = Scheduler::new(options);
     for id in 0..limits.n_slots as u64 {
         scheduler.submit(spec(id, sampling))?;
@@ -159,7 +160,7 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
     let tokens = vec![Some(9); limits.n_slots];
     loop {
         let began = Instant::now();
-        if !scheduler.schedule(&mut plan) {
+        if !scheduler.schedule(&mut plan, usize::MAX) {
             break;
         }
         took[0].push(began.elapsed());

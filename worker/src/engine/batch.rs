@@ -23,14 +23,13 @@ struct Slot {
 /// An empty batch with memory for any step within `limits`.
 #[must_use]
 pub fn with_room(limits: &Limits) -> Batch {
-    let n_blocks = limits.n_slots * blocks_for(limits.max_context);
     Batch {
         step: 0,
         tokens: Vec::with_capacity(limits.max_batch_tokens),
         positions: Vec::with_capacity(limits.max_batch_tokens),
         slots: Vec::with_capacity(limits.max_batch_tokens),
         spans: Vec::with_capacity(limits.n_slots),
-        block_tables: Vec::with_capacity(n_blocks.min(limits.n_kv_blocks as usize)),
+        block_tables: Vec::with_capacity(limits.max_table_blocks()),
         sample_rows: Vec::with_capacity(limits.max_sample_rows),
     }
 }
@@ -85,10 +84,13 @@ impl Slot {
             return Err(Error::Twice { slot });
         }
         self.last_step = step;
-        if self.n_tokens != start {
+        // It may go on behind full blocks that others computed: they are among the new ones.
+        let is_full = |n: u32| n.is_multiple_of(KV_BLOCK_LEN as u32);
+        let is_behind_others = start > self.n_tokens && is_full(self.n_tokens) && is_full(start);
+        if self.n_tokens != start && !is_behind_others {
             return Err(Error::Start { slot, at: self.n_tokens, start });
         }
-        self.n_tokens += n_tokens;
+        self.n_tokens = start + n_tokens;
         self.blocks.extend_from_slice(new_blocks);
         let expected = blocks_for(self.n_tokens as usize);
         if self.blocks.len() != expected {
@@ -173,6 +175,14 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_goes_on_behind_full_blocks_of_others() {
+        let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
+        tables.apply(&plan(1, &[entry(1, 32, 3, 3, 1)], &[9, 4, 8], &[]), &mut batch).unwrap();
+        assert_eq!((&batch.positions[..], batch.slots[0]), (&[32, 33, 34][..], 8 * 16));
+        assert_eq!(batch.block_tables, [9, 4, 8]);
+    }
+
+    #[test]
     fn a_freed_slot_begins_anew_in_the_same_plan() {
         let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
         tables.apply(&plan(1, &[entry(1, 0, 5, 1, 1)], &[9], &[]), &mut batch).unwrap();
@@ -189,6 +199,8 @@ mod tests {
         };
         check(&[entry(1, 17, 1, 0, 1)], &[], Error::Start { slot: 1, at: 18, start: 17 });
         check(&[entry(0, 1, 1, 1, 1)], &[5], Error::Start { slot: 0, at: 0, start: 1 });
+        check(&[entry(1, 32, 1, 1, 1)], &[5], Error::Start { slot: 1, at: 18, start: 32 });
+        check(&[entry(0, 17, 1, 2, 1)], &[5, 6], Error::Start { slot: 0, at: 0, start: 17 });
         let blocks = |got, expected| Error::Blocks { slot: 1, got, n_tokens: 34, expected };
         check(&[entry(1, 18, 16, 0, 1)], &[], blocks(2, 3));
         check(&[entry(1, 18, 16, 2, 1)], &[5, 6], blocks(4, 3));

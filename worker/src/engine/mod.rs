@@ -5,16 +5,24 @@
 
 pub mod batch;
 mod chooser;
+pub mod fairness;
 pub mod follower;
 pub mod handle;
 pub mod kv_blocks;
 pub mod lead;
+mod lru;
+pub mod names;
 pub mod output;
+mod pace;
 pub mod probe;
+mod queue;
 pub mod rank;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod simulation;
 pub mod step;
 
 pub use handle::{Handle, Outputs, Requests};

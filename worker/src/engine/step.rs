@@ -45,7 +45,8 @@ pub struct StepPlan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
     pub slot: u32,
-    /// Position of its first token; 0 for a slot that is new or was freed.
+    /// Position of its first token: where the slot is, 0 if it is new or was freed; or further, if
+    /// the new blocks hold what comes before.
     pub start: u32,
     /// At least 1.
     pub n_tokens: u32,
@@ -65,6 +66,14 @@ pub struct Limits {
     pub max_context: usize,
     pub n_kv_blocks: u32,
     pub vocab: usize,
+}
+
+impl Limits {
+    /// Blocks of the tables of all slots, each block as often as sequences share it.
+    #[must_use]
+    pub fn max_table_blocks(&self) -> usize {
+        self.n_slots * self.max_context.div_ceil(KV_BLOCK_LEN)
+    }
 }
 
 /// Why bytes are not a plan.
@@ -88,7 +97,7 @@ impl StepPlan {
             freed_slots: Vec::with_capacity(limits.n_slots),
             entries: Vec::with_capacity(limits.n_slots),
             tokens: Vec::with_capacity(limits.max_batch_tokens),
-            blocks: Vec::with_capacity(limits.max_batch_tokens),
+            blocks: Vec::with_capacity(limits.max_table_blocks()),
             ..Self::default()
         }
     }
@@ -97,7 +106,8 @@ impl StepPlan {
     #[must_use]
     pub fn max_bytes(limits: &Limits) -> usize {
         let Limits { n_slots, max_batch_tokens, .. } = *limits;
-        4 * (HEAD_WORDS + (1 + ENTRY_WORDS) * n_slots + 2 * max_batch_tokens)
+        let n_blocks = limits.max_table_blocks();
+        4 * (HEAD_WORDS + (1 + ENTRY_WORDS) * n_slots + max_batch_tokens + n_blocks)
     }
 
     /// Empties it, keeping its memory.
@@ -174,7 +184,7 @@ impl StepPlan {
         at_most("number of freed slots", n_freed, limits.n_slots)?;
         at_most("number of entries", n_entries, limits.n_slots)?;
         at_most("number of tokens", n_tokens, limits.max_batch_tokens)?;
-        at_most("number of blocks", n_blocks, limits.n_kv_blocks as usize)?;
+        at_most("number of blocks", n_blocks, limits.max_table_blocks())?;
         let n_words = HEAD_WORDS + n_freed + ENTRY_WORDS * n_entries + n_tokens + n_blocks;
         if bytes.len() != 4 * n_words {
             return Err(Error::Length { got: bytes.len(), expected: 4 * n_words });
@@ -324,7 +334,7 @@ mod tests {
         check(|p| p.tokens.extend(0..64), "number of tokens 85");
         check(|p| p.tokens[5] = 1000, "token id 1000");
         check(|p| p.blocks[1] = 32, "block 32");
-        check(|p| p.blocks = vec![0; 33], "number of blocks 33");
+        check(|p| p.blocks = vec![0; 65], "number of blocks 65");
     }
 
     #[test]
