@@ -14,7 +14,7 @@ use evener_proto::ids::ModelName;
 use rand::Rng;
 
 use crate::group::handle::{Directory, Model, ReadyGroup};
-use crate::group::stream::{Finish, Sampling, Token};
+use crate::group::stream::{Finish, Origin, Sampling, Token};
 use crate::text::output::Placed;
 use crate::text::tokenizer::Tokenizer;
 pub use run::{Run, Runner};
@@ -105,6 +105,7 @@ pub struct Params {
     pub prompt_logprobs: bool,
     /// None of them empty.
     pub stop: Arc<[String]>,
+    pub origin: Origin,
 }
 
 /// One sequence to generate. It fits the model.
@@ -118,6 +119,7 @@ pub struct Generation {
     sampling: Sampling,
     prompt_logprobs: bool,
     stop: Arc<[String]>,
+    origin: Origin,
 }
 
 impl Generation {
@@ -167,6 +169,7 @@ impl Generation {
             },
             prompt_logprobs: params.prompt_logprobs,
             stop: params.stop,
+            origin: params.origin,
         })
     }
 
@@ -217,6 +220,8 @@ pub struct Delta {
     pub tokens: Vec<Placed<Token>>,
     /// Tokens generated in this step, those not (yet) shown included.
     pub n_generated: u64,
+    /// Tokens of the prompt that the first group had in its cache; with its first token only.
+    pub n_cached: u64,
     /// With the last delta only.
     pub finish: Option<Finish>,
 }

@@ -214,10 +214,19 @@ impl Link {
 }
 
 fn to_wire(request_id: u64, submit: Submit) -> wire::Submit {
-    let Submit { prompt, sampling, max_tokens, prompt_logprobs } = submit;
+    let Submit { prompt, sampling, max_tokens, prompt_logprobs, origin } = submit;
     let Sampling { temperature, top_k, top_p, seed, stop_token_ids, n_logprobs } = sampling;
     let sampling = wire::Sampling { temperature, top_k, top_p, seed, stop_token_ids, n_logprobs };
-    wire::Submit { request_id, prompt, sampling: Some(sampling), max_tokens, prompt_logprobs }
+    wire::Submit {
+        request_id,
+        prompt,
+        sampling: Some(sampling),
+        max_tokens,
+        prompt_logprobs,
+        user: origin.user,
+        cache_salt: origin.salt,
+        priority: origin.priority,
+    }
 }
 
 /// The outer error breaks the stream: the lead does not speak our language.
@@ -245,6 +254,7 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
     Ok(Ok(Event {
         prompt_tokens: event.prompt_tokens.into_iter().map(token).collect(),
         tokens: event.tokens.into_iter().map(token).collect(),
+        n_cached: event.cached_tokens,
         finish,
     }))
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::error::Error;
 use super::fields::Fields;
 use super::json::kind;
+use crate::group::stream::MAX_PRIORITY;
 
 /// Longest stop string, in characters.
 const MAX_STOP_CHARS: usize = 1000;
@@ -33,10 +34,16 @@ pub struct Common {
     pub top_p: f32,
     /// 0 is off.
     pub top_k: u32,
+    /// Empty: nobody in particular.
+    pub user: String,
+    /// Sets a part of what is cached apart from the rest. vLLM's.
+    pub cache_salt: String,
+    /// Lower is sooner. vLLM's, but for its bounds.
+    pub priority: i32,
 }
 
 /// Names of the fields that [`Common::take`] reads, for "known are".
-pub const KNOWN: [&str; 21] = [
+pub const KNOWN: [&str; 23] = [
     "model",
     "n",
     "stream",
@@ -58,6 +65,8 @@ pub const KNOWN: [&str; 21] = [
     "safety_identifier",
     "prompt_cache_key",
     "store",
+    "priority",
+    "cache_salt",
 ];
 
 impl Common {
@@ -74,6 +83,10 @@ impl Common {
         let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0);
         // -1 is how some servers spell "off".
         let top_k = fields.integer("top_k", -1..=i64::from(i32::MAX))?.unwrap_or(0);
+        let user = fields.label("user", MAX_LABEL_CHARS)?.unwrap_or_default();
+        let cache_salt = fields.label("cache_salt", MAX_LABEL_CHARS)?.unwrap_or_default();
+        let most = i64::from(MAX_PRIORITY);
+        let priority = fields.integer("priority", -most..=most)?.unwrap_or(0);
         accept_labels(fields)?;
         refuse_unimplemented(fields)?;
         Ok(Self {
@@ -86,6 +99,9 @@ impl Common {
             temperature: temperature as f32,
             top_p: top_p as f32,
             top_k: u32::try_from(top_k).unwrap_or(0),
+            user,
+            cache_salt,
+            priority: i32::try_from(priority).unwrap_or(0),
         })
     }
 }
@@ -157,7 +173,6 @@ fn stop(fields: &mut Fields) -> Result<Arc<[String]>, Error> {
 
 /// Fields that say something about the request, not about the answer.
 fn accept_labels(fields: &mut Fields) -> Result<(), Error> {
-    fields.label("user", MAX_LABEL_CHARS)?;
     fields.label("safety_identifier", MAX_LABEL_CHARS)?;
     fields.label("prompt_cache_key", MAX_LABEL_CHARS)?;
     fields.inert("store", &[json!(false)])?;
@@ -252,6 +267,11 @@ mod tests {
             (json!({"store": true}), "store"),
             (json!({"user": "a\nb"}), "user"),
             (json!({"user": 3}), "user"),
+            (json!({"cache_salt": "a\u{0}b"}), "cache_salt"),
+            (json!({"cache_salt": "x".repeat(513)}), "cache_salt"),
+            (json!({"priority": 101}), "priority"),
+            (json!({"priority": -101}), "priority"),
+            (json!({"priority": 0.5}), "priority"),
             (json!({"metadata": {"a": 3}}), "metadata"),
             (json!({"surprise": 3}), "surprise"),
             (json!({"evil\nname": 3}), "evil\\nname"),
@@ -282,6 +302,7 @@ mod tests {
             json!({"stream": true, "stream_options": {"include_usage": true}}),
             json!({"stream": true, "stream_options": {"include_obfuscation": false}}),
             json!({"user": "u", "metadata": {"k": "v"}, "store": false, "service_tier": "auto"}),
+            json!({"priority": -100, "cache_salt": "s"}),
             json!({"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}),
         ];
         for body in bodies {
