@@ -75,7 +75,7 @@ pub struct Options {
     pub max_batch_tokens: usize,
     /// While some read their answers, prompts of others may make a step this many times as long
     /// as it would be without.
-    #[arg(long, env = "EVENER_MAX_STRETCH", value_name = "RATIO", default_value_t = 2.5)]
+    #[arg(long, env = "EVENER_MAX_STRETCH", value_name = "RATIO", default_value_t = 2.0)]
     pub max_stretch: f64,
     /// Host by which others reach it, where that is not the address it listens on.
     #[arg(long, env = "EVENER_ADVERTISE_HOST", value_name = "HOST")]

@@ -104,7 +104,7 @@ impl Options {
             max_running: 32,
             max_waiting: 256,
             max_batch_tokens: 512,
-            max_stretch: 2.5,
+            max_stretch: 2.0,
             max_context: None,
             max_unread_outputs: 1024,
             transport: Transport::Auto,

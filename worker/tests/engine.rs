@@ -125,6 +125,11 @@ impl Backend for Toy {
         Ok(())
     }
 
+    fn copy_block(&mut self, from: u32, to: u32) {
+        let [from, to] = [from, to].map(|block| block as usize * KV_BLOCK_LEN);
+        self.kv.copy_within(from..from + KV_BLOCK_LEN, to);
+    }
+
     fn logits(&self) -> &[f32] {
         &self.logits
     }

@@ -99,7 +99,9 @@ impl Lead {
             }
             self.drop_closed_streams();
             let max_prefill = self.pace.max_prefill(self.scheduler.n_decoding());
+            let n_preempted = self.scheduler.n_preemptions();
             let ran = self.scheduler.schedule(&mut self.plan, max_prefill);
+            self.figures.preempted(self.scheduler.n_preemptions() - n_preempted);
             if ran {
                 self.step()?;
             }

@@ -11,19 +11,23 @@
 //! is) while there are slots, and blocks for what is known of all running and one more each.
 //!
 //! A prompt whose beginning is in the cache (`kv_blocks`) starts behind it. If another sequence is
-//! just computing a block that this one needs too, it waits for it: so the choices of one request
-//! compute their prompt once.
+//! just computing a block that this one needs too, it waits for it; and of a block that a running
+//! one has begun in the same way it gets a copy to write on. So the choices of one request compute
+//! their prompt once.
 
 use super::fairness::Fairness;
 use super::kv_blocks::{KvBlocks, blocks_for};
 use super::names::Name;
 use super::queue::Queue;
 use super::sequence::{Finish, Sequence, SequenceId, Spec};
-use super::step::{Entry, Kind, Limits, StepPlan};
+use super::step::{Copy, Entry, Kind, Limits, StepPlan};
 use crate::backend::KV_BLOCK_LEN;
 
 /// Priorities go from minus this to this.
 pub const MAX_PRIORITY: i32 = 100;
+
+/// Tokens that are worth the copy of a block.
+const MIN_COPIED: usize = 4;
 
 /// What bounds a lead.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +46,7 @@ impl Options {
     /// The defaults.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, max_waiting: 256, max_stretch: 2.5, model: String::new() }
+        Self { limits, max_waiting: 256, max_stretch: 2.0, model: String::new() }
     }
 }
 
@@ -258,8 +262,11 @@ impl Scheduler {
     fn prefill(&mut self, rank: usize, room: &mut Room, plan: &mut StepPlan) {
         let slot = self.order[rank];
         self.adopt(slot);
-        if self.is_being_computed(rank) {
+        if room.tokens == 0 || self.is_being_computed(rank) {
             return;
+        }
+        if room.rows > 0 {
+            self.copy_tail(slot, plan);
         }
         let sequence = self.at(slot);
         let n_unsampled = sequence.first_wanted() - sequence.n_computed;
@@ -278,15 +285,42 @@ impl Scheduler {
             return; // it is within a block
         }
         let max_blocks = sequence.first_wanted() / KV_BLOCK_LEN;
-        let Sequence { blocks, chain, tokens, .. } = sequence;
-        if self.kv.adopt(blocks, chain, tokens, max_blocks) == 0 {
+        let Sequence { blocks, chain, tokens, .. } = &mut *sequence;
+        if self.kv.adopt(blocks, chain, tokens, max_blocks) > 0 {
+            sequence.spare(sequence.blocks.capacity());
+        }
+    }
+
+    /// Copies the block that a sequence comes to, if a running one has begun it in the same way.
+    fn copy_tail(&mut self, slot: u32, plan: &mut StepPlan) {
+        let Some((from, n_tokens)) = self.tail_of_another(slot) else { return };
+        if self.make_blocks(slot, n_tokens) < n_tokens {
             return;
         }
-        let end = sequence.blocks.capacity();
-        sequence.n_cached += end.min(sequence.prompt_len).saturating_sub(sequence.n_ever);
-        sequence.n_computed = end;
-        sequence.n_planned = end;
-        sequence.n_ever = sequence.n_ever.max(end);
+        let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+        let &to = sequence.blocks.blocks().last().expect("it was just made");
+        plan.copies.push(Copy { from, to });
+        sequence.spare(sequence.n_computed + n_tokens);
+    }
+
+    /// A block that holds the next tokens of a sequence, behind the same beginning, and how many of
+    /// them: not all of a block, so that it has something to add in this very step.
+    fn tail_of_another(&self, slot: u32) -> Option<(u32, usize)> {
+        let sequence = self.at(slot);
+        let start = sequence.n_computed;
+        if start < sequence.blocks.capacity() {
+            return None;
+        }
+        let block_idx = start / KV_BLOCK_LEN;
+        let end = sequence.first_wanted().min(start + KV_BLOCK_LEN - 1);
+        let wanted = &sequence.tokens[start..end];
+        let tail = |other: &Sequence| {
+            let computed = other.tokens[..other.n_computed].get(start..)?;
+            let n = wanted.iter().zip(computed).take_while(|(one, other)| one == other).count();
+            let is_same = || other.chain.before(block_idx) == sequence.chain.before(block_idx);
+            (n >= MIN_COPIED && is_same()).then(|| (other.blocks.blocks()[block_idx], n))
+        };
+        self.running().filter_map(tail).max_by_key(|&(_, n)| n)
     }
 
     /// Whether one before it in rank is computing the block that it would begin with, and will

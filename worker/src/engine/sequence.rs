@@ -143,6 +143,14 @@ impl Sequence {
         !self.sampling.is_greedy() || n_logprobs.is_some() || self.prompt_logprobs
     }
 
+    /// Goes on at `end`: what comes before was computed for others.
+    pub fn spare(&mut self, end: usize) {
+        self.n_cached += end.min(self.prompt_len).saturating_sub(self.n_ever);
+        self.n_computed = end;
+        self.n_planned = end;
+        self.n_ever = self.n_ever.max(end);
+    }
+
     /// What was computed is lost; what was generated, and what was told, is not.
     pub fn forget_computed(&mut self) {
         self.n_told = 0;

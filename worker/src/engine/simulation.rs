@@ -68,6 +68,7 @@ struct Simulation {
     n_done: u64,
     n_cancelled: u64,
     n_spared: u64,
+    n_copies: u64,
 }
 
 impl Simulation {
@@ -86,6 +87,7 @@ impl Simulation {
             n_done: 0,
             n_cancelled: 0,
             n_spared: 0,
+            n_copies: 0,
         }
     }
 
@@ -143,6 +145,11 @@ impl Simulation {
         self.plan.encode(&mut self.wire);
         self.plan.decode(&self.wire, &limits()).unwrap();
         self.tables.apply(&self.plan, &mut self.batch).unwrap();
+        for copy in &self.plan.copies {
+            let [from, to] = [copy.from, copy.to].map(|block| block as usize * KV_BLOCK_LEN);
+            self.cache.copy_within(from..from + KV_BLOCK_LEN, to);
+            self.n_copies += 1;
+        }
         let mut tokens = Vec::new();
         for (entry_idx, span) in self.batch.spans.iter().enumerate() {
             let sequence = self.scheduler.scheduled(entry_idx);
@@ -212,11 +219,11 @@ fn every_sequence_gets_its_tokens_and_every_block_comes_back() {
         }
         simulation.step(n);
     }
-    let Simulation { scheduler, live, n_done, n_cancelled, n_spared, .. } = simulation;
+    let Simulation { scheduler, live, n_done, n_cancelled, n_spared, n_copies, .. } = simulation;
     let n_preempted = scheduler.n_preemptions();
     println!(
         "seed {seed}: {n} steps, {n_done} done, {n_cancelled} cancelled, {n_preempted} preempted, \
-         {n_spared} prompt tokens from the cache"
+         {n_spared} prompt tokens from the cache, {n_copies} copies"
     );
     assert!(live.is_empty());
     assert_eq!(scheduler.kv().n_available(), limits().n_kv_blocks);
@@ -225,6 +232,7 @@ fn every_sequence_gets_its_tokens_and_every_block_comes_back() {
         ("cancelled", n_cancelled),
         ("preempted", n_preempted),
         ("spared", n_spared),
+        ("copied", n_copies),
     ] {
         assert!(count > N_STEPS / 1000, "{count} {what}: the simulation tests nothing");
     }
