@@ -142,7 +142,13 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
 fn spec(id: u64, sampling: &Sampling) -> Spec {
     let sampling = Sampling { seed: id, ..sampling.clone() };
     let origin = Origin::default();
-    Spec { prompt: vec![1, 2, 3], max_tokens: STEPS, sampling, prompt_logprobs: false, origin }
+    Spec {
+        prompt: vec![1, 2, 3 + id as u32],
+        max_tokens: STEPS,
+        sampling,
+        prompt_logprobs: false,
+        origin,
+    }
 }
 
 /// Scheduling, the plan's form on the wire and the batch, each alone.

@@ -1,3 +1,5 @@
+//! Tables for `kv_blocks.rs`: what is found, shared, kept and given back.
+
 use super::*;
 use crate::engine::names::Name;
 use rand::rngs::StdRng;

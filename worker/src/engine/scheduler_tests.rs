@@ -1,3 +1,5 @@
+//! Tables for `scheduler.rs`: who is in a step, who waits, and who gives way.
+
 use super::*;
 use crate::engine::sampler::Sampling;
 use crate::engine::sequence::Origin;
