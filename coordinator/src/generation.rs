@@ -14,7 +14,7 @@ use evener_proto::ids::ModelName;
 use rand::Rng;
 
 use crate::group::handle::{Directory, Model, ReadyGroup};
-use crate::group::stream::{Finish, Grammar, Sampling, Token};
+use crate::group::stream::{Finish, Grammar, Origin, Sampling, Token};
 use crate::text::output::Placed;
 use crate::text::tokenizer::Tokenizer;
 pub use run::{Run, Runner};
@@ -102,6 +102,7 @@ pub struct Params {
     /// Absent: none; 0: of the chosen token only.
     pub n_logprobs: Option<u32>,
     pub prompt_logprobs: bool,
+    pub origin: Origin,
 }
 
 /// How tokens are chosen, and what ends them.
@@ -153,6 +154,7 @@ pub struct Generation {
     stop: Arc<[String]>,
     /// Where a refused grammar came from.
     grammar_field: &'static str,
+    origin: Origin,
 }
 
 impl Generation {
@@ -224,6 +226,7 @@ impl Generation {
             prompt_logprobs: params.prompt_logprobs,
             stop: decoding.stop,
             grammar_field,
+            origin: params.origin,
         })
     }
 
@@ -283,6 +286,8 @@ pub struct Delta {
     pub tokens: Vec<Placed<Token>>,
     /// Tokens generated in this step, those not (yet) shown included.
     pub n_generated: u64,
+    /// Tokens of the prompt that the first group had in its cache; with its first token only.
+    pub n_cached: u64,
     /// With the last delta only.
     pub finish: Option<Finish>,
 }

@@ -13,7 +13,7 @@ use evener_worker::backend::{self, Kind};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::engine::grammar::{Compiler, Source};
 use evener_worker::engine::sampler::Sampling;
-use evener_worker::engine::sequence::Spec;
+use evener_worker::engine::sequence::{Origin, Spec};
 use evener_worker::engine::step::Limits;
 use evener_worker::engine::{Handle, Lead, Rank, follower, scheduler};
 use evener_worker::metrics::Figures;
@@ -53,8 +53,7 @@ fn main() -> Result<(), Failure> {
     std::thread::scope(|scope| {
         let mut ranks = ranks.into_iter();
         let lead = ranks.next().ok_or("a group has a lead")?;
-        let options =
-            scheduler::Options { limits: lead.limits().clone(), max_waiting: n_sequences };
+        let options = scheduler::Options::new(lead.limits().clone());
         let (handle, mut lead) = Lead::new(lead, options, Arc::default());
         for mut rank in ranks {
             scope.spawn(move || follower::run(&mut rank, &Figures::default()));
@@ -98,7 +97,9 @@ fn rate(
     for id in 0..n_sequences as u64 {
         let sampling = Sampling { seed: id, ..sampling.clone() };
         let (prompt, max_tokens) = (vec![1, 5, 9 + id as u32], n_tokens as u32);
-        requests.submit(id, Spec { prompt, max_tokens, sampling, prompt_logprobs: false })?;
+        let origin = Origin::default();
+        requests
+            .submit(id, Spec { prompt, max_tokens, sampling, prompt_logprobs: false, origin })?;
     }
     let (mut n_left, mut n_got, mut began) = (n_sequences, 0, Instant::now());
     let mut is_warm = false;

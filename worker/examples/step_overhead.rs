@@ -14,7 +14,7 @@ use evener_worker::backend::{Backend, Batch, Error as BackendError};
 use evener_worker::engine::batch::Tables;
 use evener_worker::engine::sampler::{Penalties, Sampling};
 use evener_worker::engine::scheduler::{self, Scheduler};
-use evener_worker::engine::sequence::Spec;
+use evener_worker::engine::sequence::{Origin, Spec};
 use evener_worker::engine::step::{Limits, StepPlan};
 use evener_worker::engine::{Lead, Rank, batch};
 
@@ -101,6 +101,8 @@ impl Backend for Idle {
         Ok(())
     }
 
+    fn copy_block(&mut self, _: u32, _: u32) {}
+
     fn logits(&self) -> &[f32] {
         &self.logits[..self.n_rows * self.vocab]
     }
@@ -128,7 +130,7 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
     };
     let whole = 0..limits.vocab;
     let rank = Rank::new(mesh, Box::new(backend), vec![whole], limits.clone());
-    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let options = scheduler::Options::new(limits.clone());
     let (handle, mut lead) = Lead::new(rank, options, Arc::default());
     let leading = std::thread::spawn(move || lead.run().map_err(|error| error.to_string()));
     let (requests, mut outputs) = handle.open(1 << 16)?;
@@ -149,12 +151,19 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
 
 fn spec(id: u64, sampling: &Sampling) -> Spec {
     let sampling = Sampling { seed: id, ..sampling.clone() };
-    Spec { prompt: vec![1, 2, 3], max_tokens: STEPS, sampling, prompt_logprobs: false }
+    let origin = Origin::default();
+    Spec {
+        prompt: vec![1, 2, 3 + id as u32],
+        max_tokens: STEPS,
+        sampling,
+        prompt_logprobs: false,
+        origin,
+    }
 }
 
 /// Scheduling, the plan's form on the wire and the batch, each alone.
 fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
-    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let options = scheduler::Options::new(limits.clone());
     let mut scheduler = Scheduler::new(options);
     for id in 0..limits.n_slots as u64 {
         scheduler.submit(spec(id, sampling))?;
@@ -169,7 +178,7 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
     let tokens = vec![Some(9); limits.n_slots];
     loop {
         let began = Instant::now();
-        if !scheduler.schedule(&mut plan) {
+        if !scheduler.schedule(&mut plan, usize::MAX) {
             break;
         }
         took[0].push(began.elapsed());

@@ -48,6 +48,7 @@ pub struct Spec {
     /// Sequences at once, as far as this rank is concerned.
     pub max_running: usize,
     pub max_waiting: usize,
+    pub max_stretch: f64,
     pub kv_memory_bytes: Option<u64>,
     /// Ranks of this group on this host.
     pub n_local_ranks: usize,
@@ -426,7 +427,12 @@ impl Life {
             let result = follower::run(&mut rank, &self.figures);
             return (rank, result);
         }
-        let options = scheduler::Options { limits, max_waiting: self.spec.max_waiting };
+        let options = scheduler::Options {
+            limits,
+            max_waiting: self.spec.max_waiting,
+            max_stretch: self.spec.max_stretch,
+            model: self.checkpoint.description.fingerprint.clone(),
+        };
         let (handle, mut lead) = Lead::new(rank, options, Arc::clone(&self.figures));
         let _ = self.epoch.lead.set(handle);
         self.epoch.progress.send_replace(Progress::Ready(ready));

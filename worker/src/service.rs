@@ -22,7 +22,7 @@ use crate::engine::handle;
 use crate::engine::output::{End, Event, StepOutput, StreamEnd, TokenOut};
 use crate::engine::sampler::Sampling;
 use crate::engine::scheduler::Refusal;
-use crate::engine::sequence::{Finish, Spec};
+use crate::engine::sequence::{Finish, Origin, Spec};
 use crate::engine::{Outputs, Requests};
 use crate::epoch::{Ended, Progress};
 use crate::session::{self, Held, Join, Member, Session};
@@ -32,6 +32,8 @@ use compile::{Compiled, Compiling};
 const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Messages on their way to a caller, beyond what the engine keeps for it.
 const N_IN_FLIGHT: usize = 8;
+/// Longest name of a user, or salt.
+const MAX_LABEL_BYTES: usize = 4096;
 /// How long a cancel is tried for while the lead does not look at its commands.
 const CANCEL_TRIES: u32 = 500;
 const CANCEL_PAUSE: Duration = Duration::from_millis(10);
@@ -356,7 +358,17 @@ fn spec(submit: proto::Submit) -> Result<Spec, String> {
         max_tokens: submit.max_tokens,
         sampling,
         prompt_logprobs: submit.prompt_logprobs,
+        origin: origin(submit.user, submit.cache_salt, submit.priority)?,
     })
+}
+
+fn origin(user: String, salt: String, priority: i32) -> Result<Origin, String> {
+    for (what, text) in [("user", &user), ("cache_salt", &salt)] {
+        if text.len() > MAX_LABEL_BYTES {
+            return Err(format!("{what} is {} bytes; {MAX_LABEL_BYTES} are allowed", text.len()));
+        }
+    }
+    Ok(Origin { user, salt, priority })
 }
 
 fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
@@ -374,7 +386,7 @@ fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
 }
 
 fn event(event: Event) -> proto::SequenceEvent {
-    let Event { request_id, token, prompt_tokens, end } = event;
+    let Event { request_id, token, prompt_tokens, n_cached, end } = event;
     let finish = match end {
         Some(End::Refused(refusal)) => {
             let kind = match refusal {
@@ -383,7 +395,8 @@ fn event(event: Event) -> proto::SequenceEvent {
                 | Refusal::NothingToDo
                 | Refusal::TooLong { .. }
                 | Refusal::TooFewBlocks { .. }
-                | Refusal::BadToken { .. } => proto::sequence_error::Kind::Invalid,
+                | Refusal::BadToken { .. }
+                | Refusal::BadPriority { .. } => proto::sequence_error::Kind::Invalid,
             };
             return error_event(request_id, kind, refusal.to_string());
         }
@@ -400,6 +413,7 @@ fn event(event: Event) -> proto::SequenceEvent {
         finish: finish.into(),
         error: None,
         prompt_tokens: prompt_tokens.into_iter().map(token_out).collect(),
+        cached_tokens: n_cached,
     }
 }
 

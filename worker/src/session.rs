@@ -290,6 +290,7 @@ impl Session {
             },
             max_running,
             max_waiting: options.max_waiting,
+            max_stretch: options.max_stretch,
             kv_memory_bytes: options.kv_memory_bytes,
             n_local_ranks,
         };

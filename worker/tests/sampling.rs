@@ -13,13 +13,15 @@ use candle_transformers::models::quantized_llama::ModelWeights;
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::engine::output::End;
 use evener_worker::engine::sampler::{Penalties, Sampling};
-use evener_worker::engine::sequence::{Finish, Spec};
+use evener_worker::engine::sequence::{Finish, Origin, Spec};
 
 use support::serving::Serving;
 use support::tiny_model::TinyModel;
 
 /// More than the ranks' first answers name.
 const VOCAB: usize = 2000;
+/// With the prompt, three KV blocks.
+const N_TOKENS: u32 = 40;
 
 fn file() -> Vec<u8> {
     // The oracle takes a head's width from the others.
@@ -34,7 +36,13 @@ fn checkpoint(file: &[u8]) -> Checkpoint {
 
 fn spec(prompt: &[u32], max_tokens: u32, sampling: &Sampling) -> Spec {
     let sampling = sampling.clone();
-    Spec { prompt: prompt.to_vec(), max_tokens, sampling, prompt_logprobs: false }
+    Spec {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        prompt_logprobs: false,
+        origin: Origin::default(),
+    }
 }
 
 /// One of each transformation, and some together.
@@ -63,7 +71,7 @@ fn samplings() -> Vec<Sampling> {
 }
 
 fn specs() -> Vec<Spec> {
-    samplings().iter().map(|sampling| spec(&[5, 12, 19, 26, 33], 12, sampling)).collect()
+    samplings().iter().map(|sampling| spec(&[5, 12, 19, 26, 33], N_TOKENS, sampling)).collect()
 }
 
 #[test]
@@ -76,6 +84,11 @@ fn what_a_sequence_gets_depends_neither_on_the_split_nor_on_company() {
         all.push(specs().into_iter().flat_map(|spec| group.run([spec])).collect());
         group.leave();
     }
+    // And so few KV blocks that sequences are preempted all the time: three of them fit at most.
+    let group = Serving::with_blocks(&checkpoint, 2, 6);
+    all.push(group.run(specs()));
+    assert!(group.figures.preemptions_total() > 0);
+    group.leave();
     for outcomes in &all[1..] {
         for ((outcome, expect), sampling) in outcomes.iter().zip(&all[0]).zip(samplings()) {
             assert_eq!(outcome, expect, "{sampling:?}");
@@ -99,7 +112,7 @@ fn an_interrupted_sequence_goes_on_with_the_same_tokens() {
             let mut prompt = spec.prompt.clone();
             prompt.extend(&whole.ids()[..cut]);
             let sampling = Sampling { n_resumed: cut as u32, ..spec.sampling.clone() };
-            let rest = Spec { prompt, sampling, max_tokens: 12 - cut as u32, ..spec.clone() };
+            let rest = Spec { prompt, sampling, max_tokens: N_TOKENS - cut as u32, ..spec.clone() };
             assert_eq!(group.run([rest])[0].tokens, whole.tokens[cut..], "{:?}", spec.sampling);
         }
     }

@@ -12,7 +12,7 @@ use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::engine::grammar::{Compiler, Error, Source};
 use evener_worker::engine::output::End;
 use evener_worker::engine::sampler::{Penalties, Sampling};
-use evener_worker::engine::sequence::{Finish, Spec};
+use evener_worker::engine::sequence::{Finish, Origin, Spec};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
@@ -51,7 +51,13 @@ impl Model {
             stop_token_ids: self.eos.clone(),
             ..sampling
         };
-        Spec { prompt: prompt.to_vec(), max_tokens, sampling, prompt_logprobs: false }
+        Spec {
+            prompt: prompt.to_vec(),
+            max_tokens,
+            sampling,
+            prompt_logprobs: false,
+            origin: Origin::default(),
+        }
     }
 
     fn text(&self, ids: &[u32]) -> String {

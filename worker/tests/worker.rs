@@ -200,6 +200,7 @@ fn submit(request_id: u64, prompt: &[u32], max_tokens: u32) -> proto::Submit {
         sampling: Some(sampling),
         max_tokens,
         prompt_logprobs: false,
+        ..proto::Submit::default()
     }
 }
 

@@ -285,8 +285,13 @@ impl Run {
         let prompt_logprobs = generation.prompt_logprobs && !self.prompt_done;
         self.prompt_tokens.clear(); // a half-told prompt is told again from its start
         let n_resumed = self.generated.len() as u32;
-        let sampling = Sampling { n_resumed, ..generation.sampling.clone() };
-        Submit { prompt, sampling, max_tokens: max_tokens.max(1), prompt_logprobs }
+        Submit {
+            prompt,
+            sampling: Sampling { n_resumed, ..generation.sampling.clone() },
+            max_tokens: max_tokens.max(1),
+            prompt_logprobs,
+            origin: generation.origin.clone(),
+        }
     }
 
     fn accept(&mut self, event: stream::Event) -> Delta {
@@ -304,6 +309,10 @@ impl Run {
                     return delta;
                 }
             }
+        }
+        if self.generated.is_empty() {
+            // Not of a group that went on with it: usage is that of an undisturbed run.
+            delta.n_cached = u64::from(event.n_cached).min(generation.prompt.len() as u64);
         }
         let room = generation.max_tokens as usize - self.generated.len();
         let mut tokens = event.tokens;

@@ -214,9 +214,17 @@ impl Link {
 }
 
 fn to_wire(request_id: u64, submit: Submit) -> wire::Submit {
-    let Submit { prompt, sampling, max_tokens, prompt_logprobs } = submit;
-    let sampling = Some(sampling_to_wire(sampling));
-    wire::Submit { request_id, prompt, sampling, max_tokens, prompt_logprobs }
+    let Submit { prompt, sampling, max_tokens, prompt_logprobs, origin } = submit;
+    wire::Submit {
+        request_id,
+        prompt,
+        sampling: Some(sampling_to_wire(sampling)),
+        max_tokens,
+        prompt_logprobs,
+        user: origin.user,
+        cache_salt: origin.salt,
+        priority: origin.priority,
+    }
 }
 
 fn sampling_to_wire(sampling: Sampling) -> wire::Sampling {
@@ -275,6 +283,7 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
     Ok(Ok(Event {
         prompt_tokens: event.prompt_tokens.into_iter().map(token).collect(),
         tokens: event.tokens.into_iter().map(token).collect(),
+        n_cached: event.cached_tokens,
         finish,
     }))
 }

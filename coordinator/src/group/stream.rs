@@ -54,7 +54,22 @@ pub struct Submit {
     pub max_tokens: u32,
     /// Report every prompt position but the first.
     pub prompt_logprobs: bool,
+    pub origin: Origin,
 }
+
+/// Whose a sequence is, and how urgent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Users share a lead fairly.
+    pub user: String,
+    /// Only sequences of equal salt share what is cached of prompts.
+    pub salt: String,
+    /// Lower is sooner; within [`MAX_PRIORITY`].
+    pub priority: i32,
+}
+
+/// Priorities go from minus this to this.
+pub const MAX_PRIORITY: i32 = 100;
 
 /// How a token is chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,6 +151,8 @@ pub struct Event {
     /// Positions 1.. of the prompt, in order, over one or more events.
     pub prompt_tokens: Vec<Token>,
     pub tokens: Vec<Token>,
+    /// With the first token: how many of the prompt's were in the lead's cache.
+    pub n_cached: u32,
     pub finish: Option<Finish>,
 }
 

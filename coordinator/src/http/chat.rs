@@ -71,6 +71,7 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
         decoding: common.decoding.clone(),
         n_logprobs,
         prompt_logprobs: false,
+        origin: app.origin(&common),
     };
     let directory = app.directory.borrow().clone();
     let generation = Generation::new(&model, &text.tokenizer, &directory, params)
@@ -78,7 +79,8 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let n_prompt_tokens = generation.n_prompt_tokens();
     let generations = (0..common.n).map(|idx| generation.choice(idx)).collect();
     let answer =
-        Answer::begin(app, generations, n_prompt_tokens, "messages", observation, permit).await?;
+        Answer::begin(app, generations, common.n, n_prompt_tokens, "messages", observation, permit)
+            .await?;
     let shape = Shape {
         tokenizer: text.tokenizer.clone(),
         logprobs: n_logprobs.is_some(),

@@ -71,6 +71,7 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
         decoding: common.decoding.clone(),
         n_logprobs,
         prompt_logprobs: echo && n_logprobs.is_some(),
+        origin: app.origin(&common),
     };
     let prepared = {
         let (text, model) = (text.clone(), model.clone());
@@ -92,7 +93,8 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
         }
     }
     let answer =
-        Answer::begin(app, generations, n_prompt_tokens, "prompt", observation, permit).await?;
+        Answer::begin(app, generations, common.n, n_prompt_tokens, "prompt", observation, permit)
+            .await?;
     let head = answer::head("cmpl", "text_completion", &model);
     let shape = Shape {
         tokenizer: text.tokenizer.clone(),
@@ -162,6 +164,7 @@ impl Shape {
                 text: choice.text,
                 tokens: choice.tokens,
                 n_generated: 0,
+                n_cached: 0,
                 finish: Some(choice.finish.ok_or(Error::Defect)?),
             };
             choices.push(self.choice(idx, delta));

@@ -12,6 +12,7 @@ use super::error::Error;
 use super::fields::Fields;
 use super::json::kind;
 use crate::generation::Decoding;
+use crate::group::stream::MAX_PRIORITY;
 
 const MAX_N: i64 = 128;
 /// Longest `user` and the like, in characters.
@@ -25,10 +26,16 @@ pub struct Common {
     pub stream: bool,
     pub include_usage: bool,
     pub decoding: Decoding,
+    /// Empty: nobody in particular.
+    pub user: String,
+    /// Sets a part of what is cached apart from the rest. vLLM's.
+    pub cache_salt: String,
+    /// Lower is sooner. vLLM's, but for its bounds.
+    pub priority: i32,
 }
 
 /// Names of the fields that [`Common::take`] reads, for "known are".
-pub const KNOWN: [&str; 30] = [
+pub const KNOWN: [&str; 32] = [
     "model",
     "n",
     "stream",
@@ -59,6 +66,8 @@ pub const KNOWN: [&str; 30] = [
     "safety_identifier",
     "prompt_cache_key",
     "store",
+    "priority",
+    "cache_salt",
 ];
 
 impl Common {
@@ -70,8 +79,21 @@ impl Common {
         let stream = fields.boolean("stream")?.unwrap_or(false);
         let include_usage = stream_options(fields, stream)?;
         let decoding = decoding::take(fields)?;
+        let user = fields.label("user", MAX_LABEL_CHARS)?.unwrap_or_default();
+        let cache_salt = fields.label("cache_salt", MAX_LABEL_CHARS)?.unwrap_or_default();
+        let most = i64::from(MAX_PRIORITY);
+        let priority = fields.integer("priority", -most..=most)?.unwrap_or(0);
         accept_labels(fields)?;
-        Ok(Self { model, n: u32::try_from(n).unwrap_or(1), stream, include_usage, decoding })
+        Ok(Self {
+            model,
+            n: u32::try_from(n).unwrap_or(1),
+            stream,
+            include_usage,
+            decoding,
+            user,
+            cache_salt,
+            priority: i32::try_from(priority).unwrap_or(0),
+        })
     }
 }
 
@@ -112,7 +134,6 @@ fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool, Error> {
 
 /// Fields that say something about the request, not about the answer.
 fn accept_labels(fields: &mut Fields) -> Result<(), Error> {
-    fields.label("user", MAX_LABEL_CHARS)?;
     fields.label("safety_identifier", MAX_LABEL_CHARS)?;
     fields.label("prompt_cache_key", MAX_LABEL_CHARS)?;
     fields.inert("store", &[json!(false)])?;
@@ -215,6 +236,11 @@ mod tests {
             (json!({"store": true}), "store"),
             (json!({"user": "a\nb"}), "user"),
             (json!({"user": 3}), "user"),
+            (json!({"cache_salt": "a\u{0}b"}), "cache_salt"),
+            (json!({"cache_salt": "x".repeat(513)}), "cache_salt"),
+            (json!({"priority": 101}), "priority"),
+            (json!({"priority": -101}), "priority"),
+            (json!({"priority": 0.5}), "priority"),
             (json!({"metadata": {"a": 3}}), "metadata"),
             (json!({"surprise": 3}), "surprise"),
             (json!({"evil\nname": 3}), "evil\\nname"),
@@ -245,6 +271,7 @@ mod tests {
             json!({"stream": true, "stream_options": {"include_usage": true}}),
             json!({"stream": true, "stream_options": {"include_obfuscation": false}}),
             json!({"user": "u", "metadata": {"k": "v"}, "store": false, "service_tier": "auto"}),
+            json!({"priority": -100, "cache_salt": "s"}),
             json!({"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}),
             json!({"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.1}),
             json!({"logit_bias": {"1": -100, "2": 100, "3": 0.5}, "min_p": 1}),

@@ -66,15 +66,17 @@ async fn usage_comes_last_and_only_if_asked_for() {
         let mut request = input;
         request["n"] = json!(3);
         request["max_tokens"] = json!(7);
-        let usage = world.post(path, request.clone()).await.ok()["usage"].clone();
+        let mut usage = world.post(path, request.clone()).await.ok()["usage"].clone();
         assert_eq!(usage["completion_tokens"], 21);
-        let (prompt, total) = (&usage["prompt_tokens"], &usage["total_tokens"]);
-        assert_eq!(prompt.as_u64().unwrap() + 21, total.as_u64().unwrap());
+        let [prompt, total] = ["prompt_tokens", "total_tokens"].map(|of| usage[of].as_u64());
+        assert_eq!(prompt.unwrap() + 21, total.unwrap());
         request["stream"] = json!(true);
         request["stream_options"] = json!({"include_usage": true});
         let events = world.post(path, request).await.events();
         let (last, before) = events.split_last().unwrap();
         assert_eq!(last["choices"], json!([]));
+        // By now all but the last token of the prompt is cached.
+        usage["prompt_tokens_details"]["cached_tokens"] = json!(prompt.unwrap() - 1);
         assert_eq!(last["usage"], usage);
         for event in before {
             assert_eq!(event["usage"], Value::Null);
@@ -348,7 +350,8 @@ async fn echo_gives_the_prompt_back_with_its_logprobs() {
     assert_eq!(whole["choices"][1]["index"], 1);
     assert_eq!(
         whole["usage"],
-        json!({"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8})
+        json!({"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8,
+               "prompt_tokens_details": {"cached_tokens": 0}})
     );
     let mut streamed = request;
     streamed["stream"] = json!(true);
@@ -373,7 +376,7 @@ async fn many_prompts_are_answered_in_order() {
     let lead = Lead::start(1, script(alphabet()));
     let world = World::start(&[&lead]).await;
     let request = json!({"prompt": ["a", "ab", "abc"], "n": 2, "max_tokens": 1, "temperature": 0});
-    let whole = world.post(COMPLETIONS, request).await.ok();
+    let whole = world.post(COMPLETIONS, request.clone()).await.ok();
     let texts: Vec<&str> = whole["choices"]
         .as_array()
         .unwrap()
@@ -382,6 +385,40 @@ async fn many_prompts_are_answered_in_order() {
         .collect();
     assert_eq!(texts, ["b", "b", "c", "c", "d", "d"]);
     assert_eq!(whole["usage"]["prompt_tokens"], 6);
+    // Again: all but the last token of each prompt is cached, and counted once for two choices.
+    let whole = world.post(COMPLETIONS, request).await.ok();
+    assert_eq!(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 1 + 2);
+}
+
+#[tokio::test]
+async fn cached_tokens_are_reported_and_never_across_users() {
+    let lead = Lead::start(1, script(alphabet()));
+    let world = World::start(&[&lead]).await;
+    let ask = async |path: &str, mut request: Value| {
+        let defaults = json!({"max_tokens": 2, "temperature": 0});
+        request.as_object_mut().unwrap().extend(defaults.as_object().unwrap().clone());
+        let whole = world.post(path, request.clone()).await.ok();
+        request["stream"] = json!(true);
+        request["stream_options"] = json!({"include_usage": true});
+        let events = world.post(path, request).await.events();
+        let streamed = events.iter().rev().find(|event| event["usage"].is_object()).unwrap();
+        let n_cached = |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].clone();
+        (n_cached(&whole["usage"]), n_cached(&streamed["usage"]))
+    };
+    let none_then = |n: u64| (json!(0), json!(n));
+    let hello = json!([{"role": "user", "content": "hi"}]);
+    let (first, again) = ask(CHAT, json!({"messages": hello})).await;
+    assert!(first == 0 && again.as_u64().unwrap() > 0, "{first} {again}");
+    for (prompt, n) in [("abcdef", 1), ("uvwxyz", 3)] {
+        let prompt = json!({"prompt": prompt, "n": n});
+        assert_eq!(ask(COMPLETIONS, prompt).await, none_then(5));
+    }
+    for (user, salt) in [("a", ""), ("b", ""), ("", "a"), ("a", "a")] {
+        let request = json!({"prompt": "abcdef", "user": user, "cache_salt": salt, "priority": 3});
+        assert_eq!(ask(COMPLETIONS, request).await, none_then(5), "{user} {salt}");
+        let submit = lead.submits().pop().unwrap();
+        assert_eq!((submit.user.as_str(), submit.priority), (user, 3));
+    }
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use super::Error;
 use super::chooser::Chooser;
 use super::handle::{self, Command, Handle, Sink, StreamId};
 use super::output::{End, Event, Load, StepOutput, StreamEnd};
+use super::pace::Pace;
 use super::rank::{LEAD, Rank};
 use super::scheduler::{Committed, Options, Scheduler};
 use super::sequence::{SequenceId, Spec};
@@ -40,6 +41,7 @@ pub struct Lead {
     committed: Vec<Committed>,
     /// Of the step in flight: sequences that could not be given a token, and why.
     failed: Vec<(SequenceId, String)>,
+    pace: Pace,
 }
 
 struct Stream {
@@ -64,6 +66,7 @@ impl Lead {
         assert_eq!(rank.limits(), &options.limits, "one set of limits");
         let (handle, commands) = handle::channel();
         let limits = options.limits.clone();
+        let pace = Pace::new(options.max_stretch);
         let lead = Self {
             rank,
             scheduler: Scheduler::new(options),
@@ -76,6 +79,7 @@ impl Lead {
             chooser: Chooser::default(),
             committed: Vec::with_capacity(limits.n_slots),
             failed: Vec::new(),
+            pace,
         };
         lead.figures.set_load(lead.load());
         (handle, lead)
@@ -97,7 +101,10 @@ impl Lead {
                 self.take(command);
             }
             self.drop_closed_streams();
-            let ran = self.scheduler.schedule(&mut self.plan);
+            let max_prefill = self.pace.max_prefill(self.scheduler.n_decoding());
+            let n_preempted = self.scheduler.n_preemptions();
+            let ran = self.scheduler.schedule(&mut self.plan, max_prefill);
+            self.figures.preempted(self.scheduler.n_preemptions() - n_preempted);
             if ran {
                 self.step()?;
             }
@@ -157,6 +164,7 @@ impl Lead {
                 request_id,
                 token: None,
                 prompt_tokens: Vec::new(),
+                n_cached: 0,
                 end: Some(End::Refused(refusal)),
             }),
         }
@@ -164,25 +172,30 @@ impl Lead {
 
     /// One step of all ranks, its tokens into the streams' next messages.
     fn step(&mut self) -> Result<(), Error> {
+        let began = Instant::now();
         self.chooser.begin(&self.scheduler, &self.plan)?;
         self.rank.lead(&mut self.plan)?;
         self.last_plan = Instant::now();
         self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
+        self.measure(began.elapsed());
         for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
             if choice.token.is_none() && choice.prompt_tokens.is_empty() {
                 continue;
             }
-            let id = self.scheduler.scheduled(entry_idx).id;
+            let sequence = self.scheduler.scheduled(entry_idx);
             if let Some(reason) = choice.failure {
-                self.failed.push((id, reason));
+                self.failed.push((sequence.id, reason));
                 continue;
             }
-            let Owner { stream, request_id } = self.owners[&id];
+            let is_first = choice.token.is_some() && sequence.n_generated() == 0;
+            let n_cached = if is_first { sequence.n_cached as u32 } else { 0 };
+            let Owner { stream, request_id } = self.owners[&sequence.id];
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             stream.events.push(Event {
                 request_id,
                 token: choice.token,
                 prompt_tokens: choice.prompt_tokens,
+                n_cached,
                 end: None,
             });
         }
@@ -217,9 +230,16 @@ impl Lead {
                 request_id,
                 token: None,
                 prompt_tokens: Vec::new(),
+                n_cached: 0,
                 end: Some(End::Failed { reason }),
             });
         }
+    }
+
+    fn measure(&mut self, took: Duration) {
+        // One token is a decode, or as cheap as one.
+        let n_decodes = self.plan.entries.iter().filter(|entry| entry.n_tokens == 1).count();
+        self.pace.observe(n_decodes, self.plan.tokens.len() - n_decodes, took);
     }
 
     /// Heartbeat if due; then waits a little for a command, watching the peers.

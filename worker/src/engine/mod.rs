@@ -7,20 +7,28 @@ pub mod answer;
 pub mod ask;
 pub mod batch;
 mod chooser;
+pub mod fairness;
 pub mod follower;
 pub mod grammar;
 pub mod handle;
 pub mod kv_blocks;
 pub mod lead;
+mod lru;
 mod masks;
+pub mod names;
 pub mod output;
+mod pace;
 mod penalties;
 pub mod probe;
+mod queue;
 pub mod rank;
 pub mod row;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod simulation;
 pub mod step;
 
 pub use handle::{Handle, Outputs, Requests};

@@ -138,6 +138,9 @@ impl Rank {
         if self.batch.tokens.is_empty() {
             return Ok(());
         }
+        for copy in &plan.copies {
+            self.backend.copy_block(copy.from, copy.to);
+        }
         self.backend.run(&self.batch, &mut self.mesh)?;
         let n_rows = self.batch.sample_rows.len();
         if n_rows == 0 {

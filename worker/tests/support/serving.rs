@@ -39,8 +39,13 @@ impl Outcome {
 }
 
 impl Serving {
-    /// Shares 1 : 2 : ... : `world_size`.
+    /// Shares 1 : 2 : ... : `world_size`; blocks enough for all.
     pub fn start(checkpoint: &Checkpoint, world_size: usize) -> Self {
+        let n_kv_blocks = N_SLOTS * checkpoint.config.context_length / backend::KV_BLOCK_LEN;
+        Self::with_blocks(checkpoint, world_size, n_kv_blocks as u32)
+    }
+
+    pub fn with_blocks(checkpoint: &Checkpoint, world_size: usize, n_kv_blocks: u32) -> Self {
         let shares: Vec<u32> = (1..=world_size as u32).collect();
         let split = shard::split(&checkpoint.config, &shares).unwrap();
         let vocab: Vec<_> = split.shards.iter().map(|shard| shard.vocab.clone()).collect();
@@ -50,7 +55,7 @@ impl Serving {
             max_batch_tokens: 64,
             max_sample_rows: 2 * N_SLOTS,
             max_context: context,
-            n_kv_blocks: (N_SLOTS * context / backend::KV_BLOCK_LEN) as u32,
+            n_kv_blocks,
             vocab: checkpoint.config.vocab,
         };
         let options = backend::Options {
@@ -76,7 +81,8 @@ impl Serving {
             Rank::new(mesh, backend, vocab.clone(), limits.clone())
         };
         let mut ranks = meshes.into_iter().enumerate().map(rank).collect::<Vec<_>>().into_iter();
-        let options = scheduler::Options { limits: limits.clone(), max_waiting: 10_000 };
+        let options =
+            scheduler::Options { max_waiting: 10_000, ..scheduler::Options::new(limits.clone()) };
         let figures = Arc::new(Figures::default());
         let (handle, mut lead) = Lead::new(ranks.next().unwrap(), options, Arc::clone(&figures));
         let mut threads = vec![std::thread::spawn(move || {
