@@ -1,10 +1,11 @@
 //! What a request gets when nothing goes wrong.
 
+use evener_coordinator::http::Options;
 use serde_json::{Value, json};
 
 use crate::lead::{Lead, Script};
 use crate::tiny;
-use crate::world::{CONTEXT, World, alphabet, says, script, user};
+use crate::world::{CONTEXT, World, alphabet, options, says, script, user};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -418,6 +419,19 @@ async fn cached_tokens_are_reported_and_never_across_users() {
         assert_eq!(ask(COMPLETIONS, request).await, none_then(5), "{user} {salt}");
         let submit = lead.submits().pop().unwrap();
         assert_eq!((submit.user.as_str(), submit.priority), (user, 3));
+    }
+}
+
+#[tokio::test]
+async fn users_share_what_is_cached_if_they_are_told_to_but_not_across_salts() {
+    let lead = Lead::start(1, script(alphabet()));
+    let options = Options { share_prefixes: true, ..options() };
+    let world = World::with(&[&lead], options).await;
+    for (user, salt, expect) in [("a", "", 0), ("b", "", 5), ("b", "s", 0), ("a", "s", 5)] {
+        let request = json!({"prompt": "abcdef", "user": user, "cache_salt": salt});
+        let whole = world.post(COMPLETIONS, request).await.ok();
+        let n_cached = &whole["usage"]["prompt_tokens_details"]["cached_tokens"];
+        assert_eq!(*n_cached, expect, "{user} {salt}");
     }
 }
 

@@ -1,7 +1,8 @@
 //! The loop of the lead rank: commands in, a plan to all ranks, logits to tokens, tokens out.
 //!
 //! It owns the scheduler and the streams. Commands are looked at between steps only, so nothing
-//! changes under a plan in flight.
+//! changes under a plan in flight. So are plans made: half a microsecond for 32 decoding sequences
+//! (`examples/step_overhead.rs`) is too little to hide behind the step before.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -9,8 +9,8 @@
 
 use std::time::Duration;
 
-/// Prefill that a step may always carry: less would waste the reading of the weights.
-const LEAST: usize = 16;
+/// Prefill that a step may always carry, so that prompts end.
+const LEAST: usize = 4;
 /// Before anything was measured.
 const FIRST_GUESS: usize = 64;
 /// Weight of the newest measurement.
@@ -140,8 +140,8 @@ mod tests {
         pace.observe(1, 0, ms(60_000));
         assert!(pace.max_prefill(1) <= 120);
         for _ in 0..100 {
-            pace.observe(1, 0, ms(10));
+            pace.observe(1, 0, ms(2));
         }
-        assert_eq!(pace.max_prefill(1), LEAST, "less would not pay");
+        assert_eq!(pace.max_prefill(1), LEAST, "though two would do");
     }
 }
