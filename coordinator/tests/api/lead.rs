@@ -24,7 +24,7 @@ pub type Rule = Arc<dyn Fn(&[u32], &wire::Sampling) -> u32 + Send + Sync>;
 /// What a lead was asked.
 #[derive(Debug, Clone)]
 pub enum Seen {
-    Submit(wire::Submit),
+    Submit(Box<wire::Submit>),
     Cancel,
 }
 
@@ -101,7 +101,7 @@ impl Lead {
 
     pub fn submits(&self) -> Vec<wire::Submit> {
         let submit = |seen| match seen {
-            Seen::Submit(submit) => Some(submit),
+            Seen::Submit(submit) => Some(*submit),
             Seen::Cancel => None,
         };
         self.seen().into_iter().filter_map(submit).collect()
@@ -276,7 +276,7 @@ impl Engine {
     fn take(&mut self, body: wire::generate_request::Body) -> Option<wire::SequenceEvent> {
         match body {
             wire::generate_request::Body::Submit(submit) => {
-                self.seen.lock().unwrap().push(Seen::Submit(submit.clone()));
+                self.seen.lock().unwrap().push(Seen::Submit(Box::new(submit.clone())));
                 if let Some(error) = &self.script.refusal {
                     return Some(wire::SequenceEvent {
                         request_id: submit.request_id,
