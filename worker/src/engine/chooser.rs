@@ -279,6 +279,13 @@ impl Whole {
             let [logit, raw] = [&*edited, &*raw].map(|row| row[token as usize]);
             return Ok(Candidate { token, logit, raw });
         }
+        if sampling.wants_total() {
+            row.reaching(sampling.nucleus(total), sampling.scale(), raw, candidates);
+            let head = Head { candidates, is_all: false, total };
+            if let Some(chosen) = choose(&head, sampling, position) {
+                return Ok(candidates[chosen]);
+            }
+        }
         // At first as many as the peaks can tell from the rest.
         let mut n = peaks.len().max(sampling.top_k as usize);
         loop {

@@ -136,6 +136,31 @@ impl<'a> Row<'a> {
         None
     }
 
+    /// Replaces `out` by the likeliest tokens that are not banned, best first: as many as make up
+    /// this much mass at least, and hardly more; or all that weigh something.
+    pub fn reaching(&self, enough: u64, scale: f32, raw: &[f32], out: &mut Vec<Candidate>) {
+        let highest = self.highest();
+        let mut counts = [0u32; N_BINS];
+        for &logit in self.logits {
+            let bin = ((highest - logit) * scale * BINS_A_FOLD) as usize;
+            counts[bin.min(N_BINS - 1)] += 1;
+        }
+        // What a bin weighs at least: each of its tokens as much as one beyond it.
+        let (mut bin, mut mass) = (0, 0.0);
+        while bin < N_BINS - 1 && mass < enough as f64 {
+            bin += 1;
+            let least = libm::exp(-(bin as f64 + 1e-3) / f64::from(BINS_A_FOLD));
+            mass += f64::from(counts[bin - 1]) * least * softmax::ONE as f64;
+        }
+        let least = highest - (bin as f32 + 1e-2) / (BINS_A_FOLD * scale);
+        let least = if bin < N_BINS - 1 { least.max(BANNED.next_up()) } else { BANNED.next_up() };
+        out.clear();
+        at_least(self.isa, self.logits, self.peaks, least, |at, logit| {
+            out.push(Candidate { token: self.first + at as u32, logit, raw: raw[at] });
+        });
+        out.sort_unstable_by(likelier);
+    }
+
     /// Replaces `out` by the `n` likeliest tokens that are not banned, best first; of equals the
     /// lowest first. `raw`: the row before edits. `scratch` is only kept for its memory.
     pub fn likeliest(
@@ -174,6 +199,11 @@ impl<'a> Row<'a> {
         keep_likeliest(n, out);
     }
 }
+
+/// Bins of a row's logits below the largest, in steps of a 32nd of an e-fold, down to where a
+/// token's mass is next to nothing.
+const N_BINS: usize = 1024;
+const BINS_A_FOLD: f32 = 32.0;
 
 /// Sorts candidates and keeps the `n` likeliest.
 pub fn keep_likeliest(n: usize, candidates: &mut Vec<Candidate>) {
@@ -258,6 +288,34 @@ mod tests {
             assert_eq!(likeliest(&[-0.0, 0.0, -0.0], n)[0].0, 0);
             assert_eq!(likeliest(&[0.0, -0.0, 0.0], n)[0].0, 0);
             assert_eq!(likeliest(&[BANNED, BANNED], n), []);
+        }
+    }
+
+    #[test]
+    fn the_likeliest_that_reach_a_mass_are_a_beginning_of_the_sorted_row() {
+        let logits: Vec<f32> = (0..9000)
+            .map(|i| if i % 10 == 3 { BANNED } else { (i * 7919 % 8999) as f32 * -0.002 })
+            .collect();
+        let peaks = peaks(&logits);
+        let row = Row::new(Isa::detect(), 0, &logits, &peaks).unwrap();
+        let (mut sorted, mut out, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+        row.likeliest(9000, &logits, &mut sorted, &mut scratch);
+        for scale in [0.3, 1.0, 5.0] {
+            let mass = |c: &Candidate| softmax::mass(c.logit, row.highest(), scale);
+            let total: u64 = sorted.iter().map(mass).sum();
+            for percent in [0, 1, 30, 95, 99, 100] {
+                let enough = total / 100 * percent;
+                row.reaching(enough, scale, &logits, &mut out);
+                assert_eq!(out, sorted[..out.len()], "{scale} {percent}");
+                let reached: u64 = out.iter().map(mass).sum();
+                assert!(reached >= enough, "{scale} {percent}: {reached} of {enough}");
+                let needless = out.len()
+                    - (0..out.len())
+                        .find(|&n| out[..n].iter().map(mass).sum::<u64>() >= enough)
+                        .unwrap_or(out.len());
+                // Bins count their tokens for a 32nd less than they may weigh.
+                assert!(percent > 95 || needless < 900, "{scale} {percent}: {needless}");
+            }
         }
     }
 

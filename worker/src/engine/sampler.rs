@@ -119,6 +119,12 @@ impl Sampling {
         }
     }
 
+    /// How much of this mass the likeliest are to make up.
+    #[must_use]
+    pub fn nucleus(&self, total: u64) -> u64 {
+        (f64::from(self.top_p) * total as f64).ceil() as u64
+    }
+
     /// No token is cut off, so that what is beyond the candidates has no order of its own.
     #[must_use]
     pub fn wants_tail(&self) -> bool {
@@ -197,7 +203,7 @@ pub fn choose(head: &Head<'_>, sampling: &Sampling, position: u32) -> Option<usi
     }
     if sampling.top_p < 1.0 {
         // Holtzman et al. 2020, section 3.1; at least one token.
-        let enough = (f64::from(sampling.top_p) * total as f64).ceil() as u64;
+        let enough = sampling.nucleus(total);
         match reach(candidates.iter().map(mass), |sum| sum >= enough) {
             Some((_, sum)) => total = sum,
             None if is_all => {}
