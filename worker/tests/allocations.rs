@@ -227,8 +227,11 @@ fn a_step_of_the_lead_allocates_one_message_a_stream() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let greedy = Sampling::default();
     let top_k = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, ..Sampling::default() };
+    // Their tokens are often told by whole rows only.
+    let warm = Sampling { temperature: 0.8, ..Sampling::default() };
+    let top_p = Sampling { top_p: 0.9, ..warm.clone() };
     for world_size in [1, 2] {
-        for sampling in [&greedy, &top_k] {
+        for sampling in [&greedy, &top_k, &warm, &top_p] {
             let (n, steps) = of_a_lead(world_size, sampling);
             // The channel takes a block of memory for 32 messages, and gives most back; a step may
             // be under way at either end.
