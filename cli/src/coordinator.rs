@@ -50,6 +50,10 @@ pub struct Options {
     /// How the groups' workers keep keys and values.
     #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// Let requests of different users share what is cached of equal prompts; one can then tell by
+    /// the time an answer takes what others asked.
+    #[arg(long, env = "EVENER_SHARE_PREFIXES")]
+    pub share_prefixes: bool,
     /// Longest wait for running requests when asked to stop, in seconds.
     #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u32,
@@ -86,7 +90,11 @@ impl Options {
             cluster.deployments = vec![Deployment { model, world_size, shares, replicas: 1 }];
         }
         let drain_timeout = Duration::from_secs(self.drain_timeout.into());
-        let http = http::Options { drain_timeout, ..http::Options::default() };
+        let http = http::Options {
+            drain_timeout,
+            share_prefixes: self.share_prefixes,
+            ..http::Options::default()
+        };
         Ok(config::Options { http_listen: self.listen, http, cluster })
     }
 }

@@ -73,6 +73,10 @@ pub struct Options {
     /// Tokens of one step, over all its sequences.
     #[arg(long, env = "EVENER_MAX_BATCH_TOKENS", value_name = "N", default_value_t = 512)]
     pub max_batch_tokens: usize,
+    /// While some read their answers, prompts of others may make a step this many times as long
+    /// as it would be without.
+    #[arg(long, env = "EVENER_MAX_STRETCH", value_name = "RATIO", default_value_t = 2.0)]
+    pub max_stretch: f64,
     /// Host by which others reach it, where that is not the address it listens on.
     #[arg(long, env = "EVENER_ADVERTISE_HOST", value_name = "HOST")]
     pub advertise_host: Option<String>,
@@ -124,6 +128,7 @@ impl Options {
         options.kv_memory_bytes = self.kv_memory.map(|bytes| bytes.0);
         options.max_running = self.max_running;
         options.max_batch_tokens = self.max_batch_tokens;
+        options.max_stretch = self.max_stretch;
         options.registry = Some(registration::Options::at(place));
         options.drain_timeout = Duration::from_secs(self.drain_timeout.into());
         Ok(options)

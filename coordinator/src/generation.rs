@@ -14,7 +14,7 @@ use evener_proto::ids::ModelName;
 use rand::Rng;
 
 use crate::group::handle::{Directory, Model, ReadyGroup};
-use crate::group::stream::{Finish, Sampling, Token};
+use crate::group::stream::{Finish, Grammar, Origin, Sampling, Token};
 use crate::text::output::Placed;
 use crate::text::tokenizer::Tokenizer;
 pub use run::{Run, Runner};
@@ -53,6 +53,10 @@ pub enum Error {
     EmptyPrompt,
     #[error("token id {id} is out of range; the model {model} has the ids 0 to {}", vocab_size - 1)]
     UnknownToken { id: u32, vocab_size: u32, model: ModelName },
+    #[error("`{field}`: {error}")]
+    Field { field: &'static str, error: Box<Error> },
+    #[error("`min_tokens` is {min}, more than the {max} tokens that may be generated")]
+    MinTokens { min: u32, max: u64 },
     #[error(
         "This model's maximum context length is {context} tokens. However, you requested {} tokens \
          ({prompt} in the prompt, {completion} for the completion). Shorten the prompt or ask for \
@@ -94,17 +98,47 @@ pub struct Params {
     pub prompt: Vec<u32>,
     /// Absent: what the context leaves.
     pub max_tokens: Option<u64>,
+    pub decoding: Decoding,
+    /// Absent: none; 0: of the chosen token only.
+    pub n_logprobs: Option<u32>,
+    pub prompt_logprobs: bool,
+    pub origin: Origin,
+}
+
+/// How tokens are chosen, and what ends them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decoding {
     pub temperature: f32,
     pub top_p: f32,
     /// 0 is off.
     pub top_k: u32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    /// Each token once.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Absent: chosen at random.
     pub seed: Option<u64>,
-    /// Absent: none; 0: of the chosen token only.
-    pub n_logprobs: Option<u32>,
-    pub prompt_logprobs: bool,
     /// None of them empty.
     pub stop: Arc<[String]>,
+    /// Beside the model's own.
+    pub stop_token_ids: Vec<u32>,
+    /// The model's own end nothing.
+    pub ignore_eos: bool,
+    /// Nothing but the length ends a sequence before so many tokens, and a grammar.
+    pub min_tokens: u32,
+    pub structure: Option<Structure>,
+}
+
+/// What an answer must be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Structure {
+    /// The request's field that says so.
+    pub field: &'static str,
+    pub grammar: Grammar,
 }
 
 /// One sequence to generate. It fits the model.
@@ -118,6 +152,9 @@ pub struct Generation {
     sampling: Sampling,
     prompt_logprobs: bool,
     stop: Arc<[String]>,
+    /// Where a refused grammar came from.
+    grammar_field: &'static str,
+    origin: Origin,
 }
 
 impl Generation {
@@ -129,13 +166,15 @@ impl Generation {
         directory: &Directory,
         params: Params,
     ) -> Result<Self, Error> {
-        let vocab_size = model.vocab_size;
         if params.prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        if let Some(&id) = params.prompt.iter().find(|&&id| id >= vocab_size) {
-            return Err(Error::UnknownToken { id, vocab_size, model: model.name.clone() });
-        }
+        check_tokens(model, params.prompt.iter())?;
+        let decoding = params.decoding;
+        let of = |field| move |error| Error::Field { field, error: Box::new(error) };
+        let biased = decoding.logit_bias.iter().map(|(id, _)| id);
+        check_tokens(model, biased).map_err(of("logit_bias"))?;
+        check_tokens(model, decoding.stop_token_ids.iter()).map_err(of("stop_token_ids"))?;
         let prompt = params.prompt.len() as u64;
         let context = u64::from(model.context_length);
         // Even where no token is wanted, the engine makes one after reading the prompt.
@@ -152,21 +191,42 @@ impl Generation {
             room = room.min(kv_tokens(group) - prompt);
         }
         let max_tokens = params.max_tokens.unwrap_or(room);
+        if u64::from(decoding.min_tokens) > max_tokens {
+            return Err(Error::MinTokens { min: decoding.min_tokens, max: max_tokens });
+        }
+        let mut stop_token_ids = decoding.stop_token_ids;
+        if !decoding.ignore_eos {
+            stop_token_ids.extend(&model.eos_token_ids);
+        }
+        stop_token_ids.sort_unstable();
+        stop_token_ids.dedup();
+        let structure = decoding.structure;
+        let grammar_field = structure.as_ref().map_or("response_format", |given| given.field);
         Ok(Self {
             model: model.clone(),
             tokenizer: tokenizer.clone(),
             prompt: params.prompt.into(),
             max_tokens: u32::try_from(max_tokens).unwrap_or(model.context_length),
             sampling: Sampling {
-                temperature: params.temperature,
-                top_k: params.top_k,
-                top_p: params.top_p,
-                seed: params.seed.unwrap_or_else(|| rand::rng().random()),
-                stop_token_ids: model.eos_token_ids.clone(),
+                temperature: decoding.temperature,
+                top_k: decoding.top_k,
+                top_p: decoding.top_p,
+                min_p: decoding.min_p,
+                repetition_penalty: decoding.repetition_penalty,
+                presence_penalty: decoding.presence_penalty,
+                frequency_penalty: decoding.frequency_penalty,
+                logit_bias: decoding.logit_bias,
+                seed: decoding.seed.unwrap_or_else(|| rand::rng().random()),
+                stop_token_ids,
+                min_tokens: decoding.min_tokens,
+                n_resumed: 0,
+                grammar: structure.map(|given| given.grammar),
                 n_logprobs: params.n_logprobs,
             },
             prompt_logprobs: params.prompt_logprobs,
-            stop: params.stop,
+            stop: decoding.stop,
+            grammar_field,
+            origin: params.origin,
         })
     }
 
@@ -184,6 +244,15 @@ impl Generation {
     #[must_use]
     pub fn n_prompt_tokens(&self) -> u64 {
         self.prompt.len() as u64
+    }
+}
+
+/// Every one is a token of the model.
+fn check_tokens<'a>(model: &Model, mut ids: impl Iterator<Item = &'a u32>) -> Result<(), Error> {
+    let vocab_size = model.vocab_size;
+    match ids.find(|&&id| id >= vocab_size) {
+        Some(&id) => Err(Error::UnknownToken { id, vocab_size, model: model.name.clone() }),
+        None => Ok(()),
     }
 }
 
@@ -217,6 +286,8 @@ pub struct Delta {
     pub tokens: Vec<Placed<Token>>,
     /// Tokens generated in this step, those not (yet) shown included.
     pub n_generated: u64,
+    /// Tokens of the prompt that the first group had in its cache; with its first token only.
+    pub n_cached: u64,
     /// With the last delta only.
     pub finish: Option<Finish>,
 }

@@ -169,7 +169,7 @@ fn generated_messages_stop_at_the_border_files() {
         ),
         (
             "worker/src",
-            vec!["worker/src/registration.rs", "worker/src/report.rs", "worker/src/service.rs"],
+            vec!["worker/src/registration.rs", "worker/src/report.rs", "worker/src/service"],
         ),
         ("cli/src", vec!["cli/src/bench/engine.rs"]),
     ] {

@@ -12,9 +12,9 @@ use evener_kernels::Isa;
 use evener_kernels::peaks::{n_peaks, peaks_of};
 use evener_worker::backend::{Backend, Batch, Error as BackendError};
 use evener_worker::engine::batch::Tables;
-use evener_worker::engine::sampler::{Row, Sampling, Scratch, sample};
+use evener_worker::engine::sampler::{Penalties, Sampling};
 use evener_worker::engine::scheduler::{self, Scheduler};
-use evener_worker::engine::sequence::Spec;
+use evener_worker::engine::sequence::{Origin, Spec};
 use evener_worker::engine::step::{Limits, StepPlan};
 use evener_worker::engine::{Lead, Rank, batch};
 
@@ -37,14 +37,24 @@ fn main() -> Result<(), Failure> {
     println!("{n_sequences} sequences, vocabulary of {vocab}, {STEPS} steps; us, p50 / p99");
     let greedy = Sampling::default();
     let top_k = Sampling { temperature: 0.8, top_k: 40, ..Sampling::default() };
-    let top_p = Sampling { temperature: 0.8, top_k: 40, top_p: 0.9, ..Sampling::default() };
-    for (name, sampling) in [("greedy", &greedy), ("top-k 40", &top_k), ("top-k, top-p", &top_p)] {
+    let warm = Sampling { temperature: 0.8, ..Sampling::default() };
+    let top_p = Sampling { top_p: 0.9, ..warm.clone() };
+    let min_p = Sampling { min_p: 0.05, ..warm.clone() };
+    let penalties = Penalties { repetition: 1.1, ..Penalties::default() };
+    let penalised = Sampling { penalties, ..top_k.clone() };
+    let logprobs = Sampling { n_logprobs: Some(5), ..Sampling::default() };
+    for (name, sampling) in [
+        ("greedy", &greedy),
+        ("top-k 40", &top_k),
+        ("min-p 0.05", &min_p),
+        ("temperature", &warm),
+        ("top-p 0.9", &top_p),
+        ("top-k 40, penalties", &penalised),
+        ("greedy, logprobs", &logprobs),
+    ] {
         show(&format!("whole step, {name}"), whole_step(&limits, sampling)?);
     }
     parts(&limits, &greedy)?;
-    for (name, sampling) in [("greedy", &greedy), ("top-k 40", &top_k)] {
-        show(&format!("sample all rows, {name}"), sampling_alone(&limits, sampling)?);
-    }
     Ok(())
 }
 
@@ -91,6 +101,8 @@ impl Backend for Idle {
         Ok(())
     }
 
+    fn copy_block(&mut self, _: u32, _: u32) {}
+
     fn logits(&self) -> &[f32] {
         &self.logits[..self.n_rows * self.vocab]
     }
@@ -118,7 +130,7 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
     };
     let whole = 0..limits.vocab;
     let rank = Rank::new(mesh, Box::new(backend), vec![whole], limits.clone());
-    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let options = scheduler::Options::new(limits.clone());
     let (handle, mut lead) = Lead::new(rank, options, Arc::default());
     let leading = std::thread::spawn(move || lead.run().map_err(|error| error.to_string()));
     let (requests, mut outputs) = handle.open(1 << 16)?;
@@ -139,12 +151,19 @@ fn whole_step(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Fai
 
 fn spec(id: u64, sampling: &Sampling) -> Spec {
     let sampling = Sampling { seed: id, ..sampling.clone() };
-    Spec { prompt: vec![1, 2, 3], max_tokens: STEPS, sampling, prompt_logprobs: false }
+    let origin = Origin::default();
+    Spec {
+        prompt: vec![1, 2, 3 + id as u32],
+        max_tokens: STEPS,
+        sampling,
+        prompt_logprobs: false,
+        origin,
+    }
 }
 
 /// Scheduling, the plan's form on the wire and the batch, each alone.
 fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
-    let options = scheduler::Options { limits: limits.clone(), max_waiting: limits.n_slots };
+    let options = scheduler::Options::new(limits.clone());
     let mut scheduler = Scheduler::new(options);
     for id in 0..limits.n_slots as u64 {
         scheduler.submit(spec(id, sampling))?;
@@ -159,7 +178,7 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
     let tokens = vec![Some(9); limits.n_slots];
     loop {
         let began = Instant::now();
-        if !scheduler.schedule(&mut plan) {
+        if !scheduler.schedule(&mut plan, usize::MAX) {
             break;
         }
         took[0].push(began.elapsed());
@@ -180,27 +199,6 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
         show(name, took);
     }
     Ok(())
-}
-
-fn sampling_alone(limits: &Limits, sampling: &Sampling) -> Result<Vec<Duration>, Failure> {
-    let (vocab, isa) = (limits.vocab, Isa::detect());
-    let logits = logits(limits.n_slots, vocab);
-    let mut peaks = vec![0.0; limits.n_slots * n_peaks(vocab)];
-    let rows = || logits.chunks_exact(vocab);
-    for (row, peaks) in rows().zip(peaks.chunks_exact_mut(n_peaks(vocab))) {
-        peaks_of(isa, row, peaks);
-    }
-    let mut scratch = Scratch::default();
-    let mut took = Vec::new();
-    for position in 0..STEPS {
-        let began = Instant::now();
-        for (row, peaks) in rows().zip(peaks.chunks_exact(n_peaks(vocab))) {
-            let row = Row::new(isa, row, peaks)?;
-            std::hint::black_box(sample(&row, sampling, position, &mut scratch));
-        }
-        took.push(began.elapsed());
-    }
-    Ok(took)
 }
 
 fn timed(job: impl FnOnce()) -> Duration {

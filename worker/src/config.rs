@@ -37,6 +37,9 @@ pub struct Options {
     pub max_waiting: usize,
     /// Tokens of one step, over all its sequences.
     pub max_batch_tokens: usize,
+    /// While sequences decode, prefill may make a step this many times as long as it would be
+    /// without; more than 1.
+    pub max_stretch: f64,
     /// Most tokens of one sequence; none: the model's context.
     pub max_context: Option<usize>,
     /// Messages that a stream may leave unread before it is cut off.
@@ -73,6 +76,8 @@ pub struct Model {
 pub enum Error {
     #[error("{option} is {got}; it must be {allowed}")]
     OutOfRange { option: &'static str, got: usize, allowed: &'static str },
+    #[error("max_stretch is {got}; it must be more than 1, and at most 1000")]
+    Stretch { got: String },
     #[error("no model is given; a worker needs at least one")]
     NoModel,
     #[error("{threads} threads cannot be on {cores} cores; name one core for each")]
@@ -99,6 +104,7 @@ impl Options {
             max_running: 32,
             max_waiting: 256,
             max_batch_tokens: 512,
+            max_stretch: 2.0,
             max_context: None,
             max_unread_outputs: 1024,
             transport: Transport::Auto,
@@ -124,6 +130,9 @@ impl Options {
             if !range.contains(&got) {
                 return Err(Error::OutOfRange { option, got, allowed });
             }
+        }
+        if !(self.max_stretch > 1.0 && self.max_stretch <= 1000.0) {
+            return Err(Error::Stretch { got: self.max_stretch.to_string() });
         }
         if let Cores::On(cores) = &self.cores
             && cores.len() < self.threads
@@ -159,6 +168,8 @@ mod tests {
         };
         check(|o| o.threads = 0, "threads is 0");
         check(|o| o.max_batch_tokens = 1 << 17, "max_batch_tokens is 131072");
+        check(|o| o.max_stretch = 1.0, "max_stretch is 1");
+        check(|o| o.max_stretch = f64::NAN, "max_stretch is NaN");
         check(|o| o.models.clear(), "at least one");
         check(|o| o.cores = Cores::On(Vec::new()), "1 threads cannot be on 0 cores");
         check(|o| o.models.push(o.models[0].clone()), "named `a`");

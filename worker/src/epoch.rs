@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use crate::backend::{self, Backend, KV_BLOCK_LEN, Loaded};
 use crate::checkpoint::Checkpoint;
+use crate::engine::ask::Ask;
 use crate::engine::kv_blocks::blocks_for;
 use crate::engine::step::{Entry, Kind, Limits, StepPlan};
 use crate::engine::{self, Handle, Lead, Rank, follower, scheduler};
@@ -47,6 +48,7 @@ pub struct Spec {
     /// Sequences at once, as far as this rank is concerned.
     pub max_running: usize,
     pub max_waiting: usize,
+    pub max_stretch: f64,
     pub kv_memory_bytes: Option<u64>,
     /// Ranks of this group on this host.
     pub n_local_ranks: usize,
@@ -343,12 +345,14 @@ impl Life {
     fn mesh_options(&self) -> MeshOptions {
         let defaults = MeshOptions::default();
         let vocab = self.checkpoint.config.vocab;
-        let logits_bytes = 4 * vocab * self.spec.backend_options.max_sample_rows;
+        let max_rows = self.spec.backend_options.max_sample_rows;
+        let logits_bytes = 4 * vocab * max_rows;
+        let most = logits_bytes.max(Ask::max_bytes(vocab, max_rows));
         MeshOptions {
             step_timeout: self.spec.step_timeout,
             join_timeout: self.spec.join_timeout,
             spin: self.spec.backend_options.spin,
-            max_message_bytes: defaults.max_message_bytes.max(logits_bytes),
+            max_message_bytes: defaults.max_message_bytes.max(most),
             ..defaults
         }
     }
@@ -423,7 +427,12 @@ impl Life {
             let result = follower::run(&mut rank, &self.figures);
             return (rank, result);
         }
-        let options = scheduler::Options { limits, max_waiting: self.spec.max_waiting };
+        let options = scheduler::Options {
+            limits,
+            max_waiting: self.spec.max_waiting,
+            max_stretch: self.spec.max_stretch,
+            model: self.checkpoint.description.fingerprint.clone(),
+        };
         let (handle, mut lead) = Lead::new(rank, options, Arc::clone(&self.figures));
         let _ = self.epoch.lead.set(handle);
         self.epoch.progress.send_replace(Progress::Ready(ready));

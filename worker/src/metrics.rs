@@ -17,6 +17,7 @@ pub struct Figures {
     kv_blocks_total: AtomicU32,
     tokens_total: AtomicU64,
     steps_total: AtomicU64,
+    preemptions_total: AtomicU64,
     resident_weight_bytes: AtomicU64,
     last_reading: Mutex<Option<Reading>>,
 }
@@ -43,6 +44,11 @@ impl Figures {
         self.steps_total.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The lead preempted `n` sequences.
+    pub(crate) fn preempted(&self, n: u64) {
+        self.preemptions_total.fetch_add(n, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_resident_weight_bytes(&self, bytes: u64) {
         self.resident_weight_bytes.store(bytes, Ordering::Relaxed);
     }
@@ -66,6 +72,12 @@ impl Figures {
     #[must_use]
     pub fn steps_total(&self) -> u64 {
         self.steps_total.load(Ordering::Relaxed)
+    }
+
+    /// Sequences whose blocks were taken back while they ran; lead only.
+    #[must_use]
+    pub fn preemptions_total(&self) -> u64 {
+        self.preemptions_total.load(Ordering::Relaxed)
     }
 
     /// Weights in memory, whether an epoch uses them or not.

@@ -1,6 +1,9 @@
 //! The gRPC server: checks epochs, translates, calls the session; decides nothing.
 //!
-//! The only file that knows worker.proto's types.
+//! With sampling.rs the only file that knows worker.proto's types.
+
+mod compile;
+mod sampling;
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -17,17 +20,20 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::backend::{KV_BLOCK_LEN, KvFormat};
 use crate::engine::handle;
 use crate::engine::output::{End, Event, StepOutput, StreamEnd, TokenOut};
-use crate::engine::sampler::{MAX_LOGPROBS, Sampling};
+use crate::engine::sampler::Sampling;
 use crate::engine::scheduler::Refusal;
-use crate::engine::sequence::{Finish, Spec};
+use crate::engine::sequence::{Finish, Origin, Spec};
 use crate::engine::{Outputs, Requests};
 use crate::epoch::{Ended, Progress};
 use crate::session::{self, Held, Join, Member, Session};
+use compile::{Compiled, Compiling};
 
 /// Longest a coordinator may have ranks wait for each other.
 const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Messages on their way to a caller, beyond what the engine keeps for it.
 const N_IN_FLIGHT: usize = 8;
+/// Longest name of a user, or salt.
+const MAX_LABEL_BYTES: usize = 4096;
 /// How long a cancel is tried for while the lead does not look at its commands.
 const CANCEL_TRIES: u32 = 500;
 const CANCEL_PAUSE: Duration = Duration::from_millis(10);
@@ -233,11 +239,12 @@ async fn converse(
     let opened = lead.open(session.options().max_unread_outputs);
     let (ins, mut outs): (Requests, Outputs) = opened.map_err(unreachable_lead)?;
     let send = async |response| sender.send(Ok(response)).await.map_err(|_| Status::cancelled(""));
+    let mut compiling = Compiling::default();
     let mut next = Some(first);
     let mut are_requests_open = true;
     loop {
         if let Some(request) = next.take()
-            && let Some(error) = take_request(session, epoch, &ins, request).await?
+            && let Some(error) = take_request(session, epoch, &ins, &mut compiling, request).await?
         {
             send(proto::GenerateResponse { epoch, events: vec![error], load: None }).await?;
         }
@@ -247,6 +254,11 @@ async fn converse(
                 // Half-closed: no more requests, but the running ones still have their tokens.
                 None => are_requests_open = false,
             },
+            compiled = compiling.next(), if !compiling.is_empty() => {
+                if let Some(error) = compiled.and_then(|done| submit_compiled(&ins, done)) {
+                    send(proto::GenerateResponse { epoch, events: vec![error], load: None }).await?;
+                }
+            }
             output = outs.recv() => match output {
                 Some(output) => send(response(epoch, output)).await?,
                 None => return Err(stream_end(&outs.end())),
@@ -256,11 +268,35 @@ async fn converse(
     }
 }
 
+/// Hands a request on whose grammar was waited for.
+fn submit_compiled(ins: &Requests, compiled: Compiled) -> Option<proto::SequenceEvent> {
+    let Compiled { request_id, mut spec, grammar } = compiled;
+    match grammar {
+        Ok(grammar) => spec.sampling.grammar = Some(grammar),
+        Err(message) => {
+            return Some(error_event(request_id, proto::sequence_error::Kind::Grammar, message));
+        }
+    }
+    submit(ins, request_id, spec)
+}
+
+fn submit(ins: &Requests, request_id: u64, spec: Spec) -> Option<proto::SequenceEvent> {
+    match ins.submit(request_id, spec) {
+        // Of one that is over the outputs end too, and say why.
+        Ok(()) | Err(handle::Error::Over) => None,
+        Err(error @ handle::Error::Busy) => {
+            let kind = proto::sequence_error::Kind::Overloaded;
+            Some(error_event(request_id, kind, error.to_string()))
+        }
+    }
+}
+
 /// Passes one request on; an error event if it was refused before it came to the lead.
 async fn take_request(
     session: &Session,
     epoch: u64,
     ins: &Requests,
+    compiling: &mut Compiling,
     request: proto::GenerateRequest,
 ) -> Result<Option<proto::SequenceEvent>, Status> {
     use proto::generate_request::Body;
@@ -272,27 +308,33 @@ async fn take_request(
     }
     match request.body {
         None => Err(invalid("a request has neither submit nor cancel")),
-        Some(Body::Submit(submit)) => {
-            let request_id = submit.request_id;
+        Some(Body::Submit(mut wanted)) => {
+            let request_id = wanted.request_id;
             let refused = |kind, message: String| Ok(Some(error_event(request_id, kind, message)));
             if session.is_draining() {
                 let message = session::Error::Draining.to_string();
                 return refused(proto::sequence_error::Kind::Overloaded, message);
             }
-            let spec = match spec(submit) {
+            let source = match sampling::source(wanted.sampling.as_mut()) {
+                Ok(source) => source,
+                Err(message) => return refused(proto::sequence_error::Kind::Grammar, message),
+            };
+            let spec = match spec(wanted) {
                 Ok(spec) => spec,
                 Err(message) => return refused(proto::sequence_error::Kind::Invalid, message),
             };
-            match ins.submit(request_id, spec) {
+            let Some(source) = source else { return Ok(submit(ins, request_id, spec)) };
+            // An epoch that is over says so by the end of the outputs.
+            let Some(held) = session.served(epoch) else { return Ok(None) };
+            match compiling.begin(held.clone(), source, request_id, spec) {
                 Ok(()) => Ok(None),
-                Err(error @ handle::Error::Busy) => {
-                    refused(proto::sequence_error::Kind::Overloaded, error.to_string())
-                }
-                // The outputs end too, and say why.
-                Err(handle::Error::Over) => Ok(None),
+                Err(message) => refused(proto::sequence_error::Kind::Overloaded, message),
             }
         }
         Some(Body::Cancel(cancel)) => {
+            if compiling.cancel(cancel.request_id) {
+                return Ok(None);
+            }
             for _ in 0..CANCEL_TRIES {
                 match ins.cancel(cancel.request_id) {
                     Ok(()) | Err(handle::Error::Over) => return Ok(None),
@@ -306,31 +348,27 @@ async fn take_request(
 }
 
 fn spec(submit: proto::Submit) -> Result<Spec, String> {
-    let sampling = submit
-        .sampling
-        .unwrap_or_else(|| proto::Sampling { top_p: 1.0, ..proto::Sampling::default() });
-    if !(sampling.temperature.is_finite() && sampling.temperature >= 0.0) {
-        return Err(format!("temperature is {}; it must be 0 or more", sampling.temperature));
-    }
-    if !(0.0..=1.0).contains(&sampling.top_p) {
-        return Err(format!("top_p is {}; it must be from 0 to 1", sampling.top_p));
-    }
-    if sampling.n_logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
-        return Err(format!("n_logprobs is more than {MAX_LOGPROBS}"));
-    }
+    let n_prompt = submit.prompt.len();
+    let sampling = match submit.sampling {
+        Some(sampling) => sampling::parse(sampling, n_prompt)?,
+        None => Sampling::default(),
+    };
     Ok(Spec {
         prompt: submit.prompt,
         max_tokens: submit.max_tokens,
-        sampling: Sampling {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            seed: sampling.seed,
-            stop_token_ids: sampling.stop_token_ids,
-            n_logprobs: sampling.n_logprobs,
-        },
+        sampling,
         prompt_logprobs: submit.prompt_logprobs,
+        origin: origin(submit.user, submit.cache_salt, submit.priority)?,
     })
+}
+
+fn origin(user: String, salt: String, priority: i32) -> Result<Origin, String> {
+    for (what, text) in [("user", &user), ("cache_salt", &salt)] {
+        if text.len() > MAX_LABEL_BYTES {
+            return Err(format!("{what} is {} bytes; {MAX_LABEL_BYTES} are allowed", text.len()));
+        }
+    }
+    Ok(Origin { user, salt, priority })
 }
 
 fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
@@ -348,7 +386,7 @@ fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
 }
 
 fn event(event: Event) -> proto::SequenceEvent {
-    let Event { request_id, token, prompt_tokens, end } = event;
+    let Event { request_id, token, prompt_tokens, n_cached, end } = event;
     let finish = match end {
         Some(End::Refused(refusal)) => {
             let kind = match refusal {
@@ -357,9 +395,13 @@ fn event(event: Event) -> proto::SequenceEvent {
                 | Refusal::NothingToDo
                 | Refusal::TooLong { .. }
                 | Refusal::TooFewBlocks { .. }
-                | Refusal::BadToken { .. } => proto::sequence_error::Kind::Invalid,
+                | Refusal::BadToken { .. }
+                | Refusal::BadPriority { .. } => proto::sequence_error::Kind::Invalid,
             };
             return error_event(request_id, kind, refusal.to_string());
+        }
+        Some(End::Failed { reason }) => {
+            return error_event(request_id, proto::sequence_error::Kind::Grammar, reason);
         }
         Some(End::Finished(Finish::Stop)) => proto::FinishReason::Stop,
         Some(End::Finished(Finish::Length)) => proto::FinishReason::Length,
@@ -371,6 +413,7 @@ fn event(event: Event) -> proto::SequenceEvent {
         finish: finish.into(),
         error: None,
         prompt_tokens: prompt_tokens.into_iter().map(token_out).collect(),
+        cached_tokens: n_cached,
     }
 }
 

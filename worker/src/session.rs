@@ -16,6 +16,7 @@ use crate::backend::{self, KvFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, Cores};
 use crate::engine::Handle;
+use crate::engine::grammar::{self, Compiler};
 use crate::epoch::{Ended, Epoch, Handover, Life, Progress, Spec, max_sample_rows};
 use crate::host;
 use crate::metrics::Figures;
@@ -94,6 +95,8 @@ pub struct Held {
     pub checkpoint: Arc<Checkpoint>,
     /// Most tokens of one sequence here.
     pub context_length: usize,
+    /// Made when the first grammar comes.
+    compiler: Arc<OnceLock<Result<Compiler, grammar::Error>>>,
 }
 
 impl Held {
@@ -101,7 +104,17 @@ impl Held {
     pub fn new(name: ModelName, checkpoint: Arc<Checkpoint>, max_context: Option<usize>) -> Self {
         let own = checkpoint.config.context_length;
         let context_length = max_context.map_or(own, |max| max.min(own));
-        Self { name, checkpoint, context_length }
+        Self { name, checkpoint, context_length, compiler: Arc::default() }
+    }
+
+    /// Compiles grammars for the model's vocabulary. The first call takes a while.
+    ///
+    /// # Errors
+    /// The model's tokenizer is not one that grammars are for.
+    pub fn compiler(&self) -> Result<&Compiler, &grammar::Error> {
+        let about = &self.checkpoint.description;
+        let new = || Compiler::new(&about.tokenizer_json, &about.eos_token_ids);
+        self.compiler.get_or_init(new).as_ref()
     }
 }
 
@@ -277,6 +290,7 @@ impl Session {
             },
             max_running,
             max_waiting: options.max_waiting,
+            max_stretch: options.max_stretch,
             kv_memory_bytes: options.kv_memory_bytes,
             n_local_ranks,
         };
@@ -348,6 +362,14 @@ impl Session {
     #[must_use]
     pub fn is_draining(&self) -> bool {
         self.state().is_draining
+    }
+
+    /// The model that an epoch serves here.
+    #[must_use]
+    pub fn served(&self, epoch: u64) -> Option<&Held> {
+        let state = self.state();
+        let current = state.current.as_ref().filter(|current| current.number == epoch)?;
+        self.0.models.iter().find(|held| held.name.as_str() == current.model)
     }
 
     /// Drains, then leaves whatever group this is.

@@ -18,7 +18,7 @@ use evener_collective::{Collective, Mesh, Options as MeshOptions};
 use evener_worker::backend::{self, Kind};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::engine::sampler::Sampling;
-use evener_worker::engine::sequence::Spec;
+use evener_worker::engine::sequence::{Origin, Spec};
 use evener_worker::engine::step::{Entry, Kind as PlanKind, Limits, StepPlan};
 use evener_worker::engine::{Lead, Rank, follower, scheduler};
 use evener_worker::metrics::Figures;
@@ -178,7 +178,7 @@ fn of_a_lead(world_size: usize, sampling: &Sampling) -> (u64, u64) {
     let mut ranks = ranks(world_size).into_iter();
     let lead = ranks.next().unwrap();
     let abort = lead.mesh().abort_handle();
-    let options = scheduler::Options { limits: lead.limits().clone(), max_waiting: N_SEQUENCES };
+    let options = scheduler::Options::new(lead.limits().clone());
     let figures = Arc::new(Figures::default());
     let (handle, mut lead) = Lead::new(lead, options, Arc::clone(&figures));
     std::thread::scope(|scope| {
@@ -190,7 +190,13 @@ fn of_a_lead(world_size: usize, sampling: &Sampling) -> (u64, u64) {
         for id in 0..N_SEQUENCES as u64 {
             let (prompt, max_tokens) = (vec![5, 6, 7 + id as u32], CONTEXT as u32 - 20);
             let sampling = Sampling { seed: id, ..sampling.clone() };
-            let spec = Spec { prompt, max_tokens, sampling, prompt_logprobs: false };
+            let spec = Spec {
+                prompt,
+                max_tokens,
+                sampling,
+                prompt_logprobs: false,
+                origin: Origin::default(),
+            };
             requests.submit(id, spec).unwrap();
         }
         let (mut before, mut first_step) = (0, 0);
@@ -221,8 +227,11 @@ fn a_step_of_the_lead_allocates_one_message_a_stream() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let greedy = Sampling::default();
     let top_k = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, ..Sampling::default() };
+    // Their tokens are often told by whole rows only.
+    let warm = Sampling { temperature: 0.8, ..Sampling::default() };
+    let top_p = Sampling { top_p: 0.9, ..warm.clone() };
     for world_size in [1, 2] {
-        for sampling in [&greedy, &top_k] {
+        for sampling in [&greedy, &top_k, &warm, &top_p] {
             let (n, steps) = of_a_lead(world_size, sampling);
             // The channel takes a block of memory for 32 messages, and gives most back; a step may
             // be under way at either end.

@@ -13,7 +13,7 @@ use evener_worker::engine::output::{End, Event, StreamEnd};
 use evener_worker::engine::probe::{Batching, group_logits};
 use evener_worker::engine::sampler::Sampling;
 use evener_worker::engine::scheduler::{self, Refusal};
-use evener_worker::engine::sequence::{Finish, Spec};
+use evener_worker::engine::sequence::{Finish, Origin, Spec};
 use evener_worker::engine::step::Limits;
 use evener_worker::engine::{Error, Handle, Lead, Outputs, Rank, follower};
 use evener_worker::metrics::Figures;
@@ -125,6 +125,11 @@ impl Backend for Toy {
         Ok(())
     }
 
+    fn copy_block(&mut self, from: u32, to: u32) {
+        let [from, to] = [from, to].map(|block| block as usize * KV_BLOCK_LEN);
+        self.kv.copy_within(from..from + KV_BLOCK_LEN, to);
+    }
+
     fn logits(&self) -> &[f32] {
         &self.logits
     }
@@ -165,7 +170,7 @@ impl Group {
         let ranks = ranks(world_size, Duration::from_millis(300), fault);
         let aborts = ranks.iter().map(|rank| rank.mesh().abort_handle()).collect();
         let mut ranks = ranks.into_iter();
-        let options = scheduler::Options { limits: limits(), max_waiting: 100 };
+        let options = scheduler::Options { max_waiting: 100, ..scheduler::Options::new(limits()) };
         let figures = Arc::new(Figures::default());
         let (handle, mut lead) = Lead::new(ranks.next().unwrap(), options, Arc::clone(&figures));
         let mut threads = vec![std::thread::spawn(move || {
@@ -213,7 +218,13 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 fn spec(prompt: &[u32], max_tokens: u32) -> Spec {
     let sampling = Sampling::default();
-    Spec { prompt: prompt.to_vec(), max_tokens, sampling, prompt_logprobs: false }
+    Spec {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        prompt_logprobs: false,
+        origin: Origin::default(),
+    }
 }
 
 fn sampled(prompt: &[u32], max_tokens: u32, seed: u64) -> Spec {
@@ -405,7 +416,7 @@ fn a_full_queue_refuses_and_does_not_grow() {
             match event.end {
                 Some(End::Refused(Refusal::Overloaded { .. })) => n_refused += 1,
                 Some(End::Finished(_)) => n_finished += 1,
-                Some(End::Refused(other)) => panic!("{other}"),
+                Some(other) => panic!("{other:?}"),
                 None => {}
             }
         }

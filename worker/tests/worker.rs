@@ -200,6 +200,7 @@ fn submit(request_id: u64, prompt: &[u32], max_tokens: u32) -> proto::Submit {
         sampling: Some(sampling),
         max_tokens,
         prompt_logprobs: false,
+        ..proto::Submit::default()
     }
 }
 
@@ -279,6 +280,43 @@ async fn groups_of_any_shares_generate_the_same_tokens() {
         };
         assert_eq!(status.code(), Code::Aborted, "{status}");
     }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grammars_are_compiled_beside_the_stream_and_kept_or_refused() {
+    use proto::grammar::Source;
+    let cluster = Cluster::start(2).await;
+    cluster.join(1, &[1, 2]).await[0].ready().await;
+    let mut generation = cluster.generate(0, 1).await;
+    let with = |id: u64, source: Option<Source>| {
+        let mut submit = submit(id, &[9, 10], 40);
+        let sampling = submit.sampling.as_mut().unwrap();
+        sampling.grammar = Some(proto::Grammar { source });
+        sampling.stop_token_ids = vec![2];
+        submit
+    };
+    // The tiny model's tokens are bytes, in order from id 3 on.
+    let letter = |c: char| c as u32 + 3;
+    let yes = Some(Source::Regex("yes+".to_owned()));
+    let tokens = generation.tokens(with(1, yes.clone())).await;
+    assert_eq!(tokens[..3], ['y', 'e', 's'].map(letter));
+    assert!(tokens[3..tokens.len() - 1].iter().all(|&token| token == letter('s')), "{tokens:?}");
+    let cases = [
+        (None, "no source"),
+        (Some(Source::Regex("(".to_owned())), "unclosed group"),
+        (Some(Source::JsonSchema("{\"type\": \"horse\"}".to_owned())), "horse"),
+        (Some(Source::Lark("x".to_owned())), "cannot be used"),
+    ];
+    for (id, (source, says)) in (2..).zip(cases) {
+        let (kind, message) = generation.refusal(with(id, source)).await;
+        assert_eq!(kind, ErrorKind::Grammar);
+        assert!(message.contains(says), "{message}");
+    }
+    // One that is cancelled while it waits is never heard of again, and its number may be reused.
+    generation.send(Body::Submit(with(9, yes.clone()))).await;
+    generation.send(Body::Cancel(proto::Cancel { request_id: 9 })).await;
+    assert_eq!(generation.tokens(with(10, yes)).await, tokens);
     cluster.stop().await;
 }
 

@@ -142,6 +142,7 @@ fn self_submit(
         sampling: Some(Sampling { temperature: 0.0, top_p: 1.0, ..Sampling::default() }),
         max_tokens: n_tokens as u32,
         prompt_logprobs: false,
+        ..Submit::default()
     };
     GenerateRequest { epoch, body: Some(Body::Submit(submit)) }
 }

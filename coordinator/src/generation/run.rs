@@ -14,7 +14,7 @@ use tracing::info;
 
 use super::{Delta, Error, Generation, Options, groups_of, kv_tokens, too_many_blocks};
 use crate::group::handle::{Directory, ReadyGroup};
-use crate::group::stream::{self, Finish, Refusal, Sequence, Streams, Submit, Token};
+use crate::group::stream::{self, Finish, Refusal, Sampling, Sequence, Streams, Submit, Token};
 use crate::metrics::Metrics;
 use crate::router;
 use crate::text::output::{Output, Piece};
@@ -33,7 +33,8 @@ pub struct Runner {
 impl Runner {
     #[must_use]
     pub fn run(&self, generation: Generation) -> Run {
-        let output = Output::new(&generation.tokenizer, generation.stop.clone());
+        let Generation { tokenizer, stop, sampling, .. } = &generation;
+        let output = Output::new(tokenizer, stop.clone(), sampling.min_tokens);
         let started = Instant::now();
         Run {
             runner: self.clone(),
@@ -166,6 +167,10 @@ impl Run {
             stream::Error::Refused(Refusal::Invalid(message)) => {
                 return Err(Error::Invalid { message });
             }
+            stream::Error::Refused(Refusal::Grammar(message)) => {
+                let field = self.generation.grammar_field;
+                return Err(Error::Field { field, error: Box::new(Error::Invalid { message }) });
+            }
             stream::Error::Refused(Refusal::Overloaded(message)) if !began => {
                 return Err(Error::Overloaded { message });
             }
@@ -279,8 +284,14 @@ impl Run {
         let max_tokens = generation.max_tokens - self.generated.len() as u32;
         let prompt_logprobs = generation.prompt_logprobs && !self.prompt_done;
         self.prompt_tokens.clear(); // a half-told prompt is told again from its start
-        let sampling = generation.sampling.clone();
-        Submit { prompt, sampling, max_tokens: max_tokens.max(1), prompt_logprobs }
+        let n_resumed = self.generated.len() as u32;
+        Submit {
+            prompt,
+            sampling: Sampling { n_resumed, ..generation.sampling.clone() },
+            max_tokens: max_tokens.max(1),
+            prompt_logprobs,
+            origin: generation.origin.clone(),
+        }
     }
 
     fn accept(&mut self, event: stream::Event) -> Delta {
@@ -298,6 +309,10 @@ impl Run {
                     return delta;
                 }
             }
+        }
+        if self.generated.is_empty() {
+            // Not of a group that went on with it: usage is that of an undisturbed run.
+            delta.n_cached = u64::from(event.n_cached).min(generation.prompt.len() as u64);
         }
         let room = generation.max_tokens as usize - self.generated.len();
         let mut tokens = event.tokens;

@@ -18,7 +18,7 @@ use tonic::transport::Endpoint;
 use tracing::{debug, warn};
 
 use super::handle::ReadyGroup;
-use super::stream::{Error, Event, Finish, Options, Refusal, Sampling, Submit, Token};
+use super::stream::{Error, Event, Finish, Grammar, Options, Refusal, Sampling, Submit, Token};
 
 /// Shared with the handles of a stream.
 #[derive(Default)]
@@ -214,10 +214,47 @@ impl Link {
 }
 
 fn to_wire(request_id: u64, submit: Submit) -> wire::Submit {
-    let Submit { prompt, sampling, max_tokens, prompt_logprobs } = submit;
-    let Sampling { temperature, top_k, top_p, seed, stop_token_ids, n_logprobs } = sampling;
-    let sampling = wire::Sampling { temperature, top_k, top_p, seed, stop_token_ids, n_logprobs };
-    wire::Submit { request_id, prompt, sampling: Some(sampling), max_tokens, prompt_logprobs }
+    let Submit { prompt, sampling, max_tokens, prompt_logprobs, origin } = submit;
+    wire::Submit {
+        request_id,
+        prompt,
+        sampling: Some(sampling_to_wire(sampling)),
+        max_tokens,
+        prompt_logprobs,
+        user: origin.user,
+        cache_salt: origin.salt,
+        priority: origin.priority,
+    }
+}
+
+fn sampling_to_wire(sampling: Sampling) -> wire::Sampling {
+    let bias = |(id, bias)| wire::LogitBias { id, bias };
+    wire::Sampling {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        seed: sampling.seed,
+        stop_token_ids: sampling.stop_token_ids,
+        n_logprobs: sampling.n_logprobs,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+        presence_penalty: sampling.presence_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        logit_bias: sampling.logit_bias.into_iter().map(bias).collect(),
+        min_tokens: sampling.min_tokens,
+        n_resumed: sampling.n_resumed,
+        grammar: sampling.grammar.map(grammar_to_wire),
+    }
+}
+
+fn grammar_to_wire(grammar: Grammar) -> wire::Grammar {
+    use wire::grammar::Source;
+    let source = match grammar {
+        Grammar::JsonSchema(text) => Source::JsonSchema(text.as_ref().to_owned()),
+        Grammar::Regex(text) => Source::Regex(text.as_ref().to_owned()),
+        Grammar::Lark(text) => Source::Lark(text.as_ref().to_owned()),
+    };
+    wire::Grammar { source: Some(source) }
 }
 
 /// The outer error breaks the stream: the lead does not speak our language.
@@ -227,6 +264,7 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
         let refusal = match error.kind() {
             Kind::Invalid => Refusal::Invalid(error.message),
             Kind::Overloaded => Refusal::Overloaded(error.message),
+            Kind::Grammar => Refusal::Grammar(error.message),
             Kind::Internal | Kind::Unspecified => Refusal::Internal(error.message),
         };
         return Ok(Err(Error::Refused(refusal)));
@@ -245,6 +283,7 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
     Ok(Ok(Event {
         prompt_tokens: event.prompt_tokens.into_iter().map(token).collect(),
         tokens: event.tokens.into_iter().map(token).collect(),
+        n_cached: event.cached_tokens,
         finish,
     }))
 }

@@ -54,7 +54,22 @@ pub struct Submit {
     pub max_tokens: u32,
     /// Report every prompt position but the first.
     pub prompt_logprobs: bool,
+    pub origin: Origin,
 }
+
+/// Whose a sequence is, and how urgent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Users share a lead fairly.
+    pub user: String,
+    /// Only sequences of equal salt share what is cached of prompts.
+    pub salt: String,
+    /// Lower is sooner; within [`MAX_PRIORITY`].
+    pub priority: i32,
+}
+
+/// Priorities go from minus this to this.
+pub const MAX_PRIORITY: i32 = 100;
 
 /// How a token is chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,11 +80,38 @@ pub struct Sampling {
     pub top_k: u32,
     /// 1 is off.
     pub top_p: f32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// 0 is off.
+    pub presence_penalty: f32,
+    /// 0 is off.
+    pub frequency_penalty: f32,
+    /// Each token once.
+    pub logit_bias: Vec<(u32, f32)>,
     pub seed: u64,
     /// End the sequence; reported as its last token.
     pub stop_token_ids: Vec<u32>,
+    /// None of them comes before so many tokens.
+    pub min_tokens: u32,
+    /// Of the prompt's last tokens: so many were generated before an interruption.
+    pub n_resumed: u32,
+    /// What the output must be.
+    pub grammar: Option<Grammar>,
     /// Absent: no logprobs; 0: of the chosen token only.
     pub n_logprobs: Option<u32>,
+}
+
+/// What an output must be; the lead compiles it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Grammar {
+    /// JSON that fits this schema, which is JSON text itself.
+    JsonSchema(Arc<str>),
+    /// Text that this expression matches as a whole.
+    Regex(Arc<str>),
+    /// Text of this language, in llguidance's variant of Lark.
+    Lark(Arc<str>),
 }
 
 /// A token and what it was chosen from.
@@ -99,6 +141,8 @@ pub enum Refusal {
     /// The queue is full.
     Overloaded(String),
     Internal(String),
+    /// The grammar cannot be used, or not any longer.
+    Grammar(String),
 }
 
 /// What one step did to one sequence. After `finish` there is no more.
@@ -107,6 +151,8 @@ pub struct Event {
     /// Positions 1.. of the prompt, in order, over one or more events.
     pub prompt_tokens: Vec<Token>,
     pub tokens: Vec<Token>,
+    /// With the first token: how many of the prompt's were in the lead's cache.
+    pub n_cached: u32,
     pub finish: Option<Finish>,
 }
 

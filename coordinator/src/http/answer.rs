@@ -74,6 +74,10 @@ pub struct Answer {
     prompt_param: &'static str,
     n_prompt_tokens: u64,
     n_generated: u64,
+    /// By sequence: tokens of its prompt that were cached.
+    n_cached: Vec<u64>,
+    /// Sequences of one prompt.
+    n_choices: usize,
     n_running: usize,
     /// Bytes have gone out: an error can only be an event.
     streamed: bool,
@@ -91,13 +95,15 @@ pub struct Choice {
 }
 
 impl Answer {
-    /// Starts the sequences and waits for the first word of any.
+    /// Starts the sequences, `n_choices` of each prompt in turn, and waits for the first word of
+    /// any.
     ///
     /// # Errors
     /// There is no answer; what it was can still be told by a status.
     pub async fn begin(
         app: &App,
         generations: Vec<Generation>,
+        n_choices: u32,
         n_prompt_tokens: u64,
         prompt_param: &'static str,
         observation: Observation,
@@ -120,6 +126,8 @@ impl Answer {
             prompt_param,
             n_prompt_tokens,
             n_generated: 0,
+            n_cached: vec![0; n_running],
+            n_choices: n_choices as usize,
             n_running,
             streamed: false,
             observation,
@@ -151,6 +159,7 @@ impl Answer {
                     self.observation.first_token();
                 }
                 self.n_generated += delta.n_generated;
+                self.n_cached[idx] += delta.n_cached;
                 self.n_running -= usize::from(delta.finish.is_some());
                 Ok(Some((idx, delta)))
             }
@@ -178,7 +187,10 @@ impl Answer {
     /// So far.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt_tokens, self.n_generated)
+        // What one choice computed is cached for the others: that is no saving of the prompt.
+        let of_prompt = |choices: &[u64]| choices.iter().copied().min().unwrap_or(0);
+        let n_cached = self.n_cached.chunks(self.n_choices).map(of_prompt).sum();
+        Usage::new(self.n_prompt_tokens, self.n_generated, n_cached)
     }
 
     /// All choices, whole.

@@ -68,13 +68,10 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let params = Params {
         prompt,
         max_tokens,
-        temperature: common.temperature,
-        top_p: common.top_p,
-        top_k: common.top_k,
-        seed: common.seed,
+        decoding: common.decoding.clone(),
         n_logprobs,
         prompt_logprobs: false,
-        stop: common.stop.clone(),
+        origin: app.origin(&common),
     };
     let directory = app.directory.borrow().clone();
     let generation = Generation::new(&model, &text.tokenizer, &directory, params)
@@ -82,7 +79,8 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let n_prompt_tokens = generation.n_prompt_tokens();
     let generations = (0..common.n).map(|idx| generation.choice(idx)).collect();
     let answer =
-        Answer::begin(app, generations, n_prompt_tokens, "messages", observation, permit).await?;
+        Answer::begin(app, generations, common.n, n_prompt_tokens, "messages", observation, permit)
+            .await?;
     let shape = Shape {
         tokenizer: text.tokenizer.clone(),
         logprobs: n_logprobs.is_some(),
@@ -250,7 +248,6 @@ fn refuse_unimplemented(fields: &mut Fields) -> Result<(), Error> {
     fields.inert("tool_choice", &[json!("none"), json!("auto")])?;
     fields.inert("function_call", &[json!("none"), json!("auto")])?;
     fields.inert("parallel_tool_calls", &[json!(true), json!(false)])?;
-    fields.inert("response_format", &[json!({"type": "text"})])?;
     fields.inert("modalities", &[json!(["text"])])?;
     let rest = [
         "audio",

@@ -68,13 +68,10 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let params = Params {
         prompt: Vec::new(),
         max_tokens: Some(max_tokens),
-        temperature: common.temperature,
-        top_p: common.top_p,
-        top_k: common.top_k,
-        seed: common.seed,
+        decoding: common.decoding.clone(),
         n_logprobs,
         prompt_logprobs: echo && n_logprobs.is_some(),
-        stop: common.stop.clone(),
+        origin: app.origin(&common),
     };
     let prepared = {
         let (text, model) = (text.clone(), model.clone());
@@ -96,7 +93,8 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
         }
     }
     let answer =
-        Answer::begin(app, generations, n_prompt_tokens, "prompt", observation, permit).await?;
+        Answer::begin(app, generations, common.n, n_prompt_tokens, "prompt", observation, permit)
+            .await?;
     let head = answer::head("cmpl", "text_completion", &model);
     let shape = Shape {
         tokenizer: text.tokenizer.clone(),
@@ -166,6 +164,7 @@ impl Shape {
                 text: choice.text,
                 tokens: choice.tokens,
                 n_generated: 0,
+                n_cached: 0,
                 finish: Some(choice.finish.ok_or(Error::Defect)?),
             };
             choices.push(self.choice(idx, delta));

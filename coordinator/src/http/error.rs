@@ -98,6 +98,8 @@ impl Error {
             },
             Self::Generation { error, param } => match error {
                 G::EmptyPrompt | G::UnknownToken { .. } => Class::invalid(Some(param), None),
+                G::Field { field, .. } => Class::invalid(Some(field), None),
+                G::MinTokens { .. } => Class::invalid(Some("min_tokens"), None),
                 G::ContextLength { .. } => {
                     Class::invalid(Some(param), Some("context_length_exceeded"))
                 }

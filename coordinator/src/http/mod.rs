@@ -6,6 +6,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod decoding;
 mod error;
 mod fields;
 mod health;
@@ -18,6 +19,7 @@ mod server;
 mod socket;
 mod sse;
 mod status;
+mod structure;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,10 +37,11 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::generation::{self, Runner};
 use crate::group::handle::{Directory, Model};
-use crate::group::stream;
+use crate::group::stream::{self, Origin};
 use crate::metrics::Metrics;
 use crate::text;
 use error::Error;
+use params::Common;
 pub use server::{Error as ServerError, run};
 
 /// Bounds of the API.
@@ -64,6 +67,9 @@ pub struct Options {
     pub keepalive: Duration,
     /// On shutdown, for what is being answered. Default 30 s.
     pub drain_timeout: Duration,
+    /// Requests of different users share what is cached of equal prompts. One user can then tell,
+    /// by the time an answer takes, what others asked. Default: they do not.
+    pub share_prefixes: bool,
     pub generation: generation::Options,
     pub stream: stream::Options,
 }
@@ -81,6 +87,7 @@ impl Default for Options {
             write_timeout: Duration::from_secs(30),
             keepalive: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(30),
+            share_prefixes: false,
             generation: generation::Options::default(),
             stream: stream::Options::default(),
         }
@@ -132,6 +139,16 @@ impl App {
             asked: name.chars().take(128).flat_map(char::escape_default).collect(),
             known: directory.models.keys().map(ToString::to_string).collect(),
         })
+    }
+
+    fn origin(&self, common: &Common) -> Origin {
+        let Common { user, cache_salt, priority, .. } = common;
+        let salt = match self.options.share_prefixes {
+            true => cache_salt.clone(),
+            // Neither holds a control character, so no two pairs give one salt.
+            false => format!("{user}\n{cache_salt}"),
+        };
+        Origin { user: user.clone(), salt, priority: *priority }
     }
 
     async fn text(

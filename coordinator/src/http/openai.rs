@@ -8,13 +8,22 @@ pub struct Usage {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
     pub total_tokens: u64,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PromptTokensDetails {
+    /// Not computed for this request: their keys and values were cached. Counted once for all
+    /// choices of a prompt, like the prompt.
+    pub cached_tokens: u64,
 }
 
 impl Usage {
     #[must_use]
-    pub fn new(prompt_tokens: u64, completion_tokens: u64) -> Self {
+    pub fn new(prompt_tokens: u64, completion_tokens: u64, cached_tokens: u64) -> Self {
         let total_tokens = prompt_tokens + completion_tokens;
-        Self { prompt_tokens, completion_tokens, total_tokens }
+        let prompt_tokens_details = PromptTokensDetails { cached_tokens };
+        Self { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
     }
 }
 

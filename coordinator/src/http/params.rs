@@ -1,21 +1,19 @@
-//! What chat and completions have in common in a request: sampling, length, streaming, and what is
-//! refused.
+//! What chat and completions have in common in a request: how many answers, streaming, labels, and
+//! (in decoding.rs) how tokens are chosen.
 //!
 //! Bounds are those of OpenAI's specification, or tighter. A field of the specification that is not
 //! implemented is refused by name, never ignored; one that asks for nothing (`"tools": []`) is
 //! taken.
 
-use std::sync::Arc;
-
 use serde_json::{Value, json};
 
+use super::decoding;
 use super::error::Error;
 use super::fields::Fields;
 use super::json::kind;
+use crate::generation::Decoding;
+use crate::group::stream::MAX_PRIORITY;
 
-/// Longest stop string, in characters.
-const MAX_STOP_CHARS: usize = 1000;
-const MAX_STOPS: usize = 4;
 const MAX_N: i64 = 128;
 /// Longest `user` and the like, in characters.
 const MAX_LABEL_CHARS: usize = 512;
@@ -27,16 +25,17 @@ pub struct Common {
     pub n: u32,
     pub stream: bool,
     pub include_usage: bool,
-    pub stop: Arc<[String]>,
-    pub seed: Option<u64>,
-    pub temperature: f32,
-    pub top_p: f32,
-    /// 0 is off.
-    pub top_k: u32,
+    pub decoding: Decoding,
+    /// Empty: nobody in particular.
+    pub user: String,
+    /// Sets a part of what is cached apart from the rest. vLLM's.
+    pub cache_salt: String,
+    /// Lower is sooner. vLLM's, but for its bounds.
+    pub priority: i32,
 }
 
 /// Names of the fields that [`Common::take`] reads, for "known are".
-pub const KNOWN: [&str; 21] = [
+pub const KNOWN: [&str; 32] = [
     "model",
     "n",
     "stream",
@@ -53,11 +52,22 @@ pub const KNOWN: [&str; 21] = [
     "repetition_penalty",
     "min_p",
     "logit_bias",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
     "user",
     "metadata",
     "safety_identifier",
     "prompt_cache_key",
     "store",
+    "priority",
+    "cache_salt",
 ];
 
 impl Common {
@@ -68,24 +78,21 @@ impl Common {
         let n = fields.integer("n", 1..=MAX_N)?.unwrap_or(1);
         let stream = fields.boolean("stream")?.unwrap_or(false);
         let include_usage = stream_options(fields, stream)?;
-        let stop = stop(fields)?;
-        let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
-        let temperature = fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0);
-        let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0);
-        // -1 is how some servers spell "off".
-        let top_k = fields.integer("top_k", -1..=i64::from(i32::MAX))?.unwrap_or(0);
+        let decoding = decoding::take(fields)?;
+        let user = fields.label("user", MAX_LABEL_CHARS)?.unwrap_or_default();
+        let cache_salt = fields.label("cache_salt", MAX_LABEL_CHARS)?.unwrap_or_default();
+        let most = i64::from(MAX_PRIORITY);
+        let priority = fields.integer("priority", -most..=most)?.unwrap_or(0);
         accept_labels(fields)?;
-        refuse_unimplemented(fields)?;
         Ok(Self {
             model,
             n: u32::try_from(n).unwrap_or(1),
             stream,
             include_usage,
-            stop,
-            seed: seed.map(|seed| seed as u64), // all 64 bits: negative seeds are seeds too
-            temperature: temperature as f32,
-            top_p: top_p as f32,
-            top_k: u32::try_from(top_k).unwrap_or(0),
+            decoding,
+            user,
+            cache_salt,
+            priority: i32::try_from(priority).unwrap_or(0),
         })
     }
 }
@@ -125,39 +132,8 @@ fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool, Error> {
     }
 }
 
-fn stop(fields: &mut Fields) -> Result<Arc<[String]>, Error> {
-    let refuse = |message: String| {
-        let allowed = format!(
-            "`stop` must be one string or 1 to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} \
-             characters; {message}"
-        );
-        Error::field("stop", allowed)
-    };
-    let items = match fields.take("stop") {
-        None => return Ok(Arc::from([])),
-        Some(Value::Array(items)) if items.is_empty() || items.len() > MAX_STOPS => {
-            return Err(refuse(format!("there are {}", items.len())));
-        }
-        Some(Value::Array(items)) => items,
-        Some(one @ Value::String(_)) => vec![one],
-        Some(other) => return Err(refuse(format!("it is {}", kind(&other)))),
-    };
-    let mut stops = Vec::with_capacity(items.len());
-    for (idx, item) in items.into_iter().enumerate() {
-        match item {
-            Value::String(text) => match text.chars().count() {
-                1..=MAX_STOP_CHARS => stops.push(text),
-                n => return Err(refuse(format!("number {idx} has {n}"))),
-            },
-            other => return Err(refuse(format!("number {idx} is {}", kind(&other)))),
-        }
-    }
-    Ok(stops.into())
-}
-
 /// Fields that say something about the request, not about the answer.
 fn accept_labels(fields: &mut Fields) -> Result<(), Error> {
-    fields.label("user", MAX_LABEL_CHARS)?;
     fields.label("safety_identifier", MAX_LABEL_CHARS)?;
     fields.label("prompt_cache_key", MAX_LABEL_CHARS)?;
     fields.inert("store", &[json!(false)])?;
@@ -179,14 +155,6 @@ fn accept_labels(fields: &mut Fields) -> Result<(), Error> {
         }
         Some(_) => Err(Error::field("metadata", allowed)),
     }
-}
-
-fn refuse_unimplemented(fields: &mut Fields) -> Result<(), Error> {
-    fields.inert("frequency_penalty", &[json!(0)])?;
-    fields.inert("presence_penalty", &[json!(0)])?;
-    fields.inert("repetition_penalty", &[json!(1)])?;
-    fields.inert("min_p", &[json!(0)])?;
-    fields.inert("logit_bias", &[json!({})])
 }
 
 #[cfg(test)]
@@ -245,13 +213,34 @@ mod tests {
             ),
             (json!({"model": 3}), "model"),
             (json!({"model": null}), "model"),
-            (json!({"presence_penalty": 0.5}), "presence_penalty"),
-            (json!({"frequency_penalty": -2}), "frequency_penalty"),
-            (json!({"logit_bias": {"1": 2}}), "logit_bias"),
-            (json!({"repetition_penalty": 1.1}), "repetition_penalty"),
+            (json!({"presence_penalty": 2.01}), "presence_penalty"),
+            (json!({"frequency_penalty": -2.5}), "frequency_penalty"),
+            (json!({"frequency_penalty": "1"}), "frequency_penalty"),
+            (json!({"repetition_penalty": 0}), "repetition_penalty"),
+            (json!({"repetition_penalty": 1e300}), "repetition_penalty"),
+            (json!({"min_p": 1.5}), "min_p"),
+            (json!({"logit_bias": {"1": 101}}), "logit_bias"),
+            (json!({"logit_bias": {"1": "2"}}), "logit_bias"),
+            (json!({"logit_bias": {"-1": 2}}), "logit_bias"),
+            (json!({"logit_bias": {"1": 2, "01": 3}}), "logit_bias"),
+            (json!({"logit_bias": {"hello": 2}}), "logit_bias"),
+            (json!({"logit_bias": {"4294967296": 2}}), "logit_bias"),
+            (json!({"logit_bias": [[1, 2]]}), "logit_bias"),
+            (json!({"stop_token_ids": 3}), "stop_token_ids"),
+            (json!({"stop_token_ids": [-3]}), "stop_token_ids"),
+            (json!({"stop_token_ids": [1.5]}), "stop_token_ids"),
+            (json!({"stop_token_ids": vec![1; 129]}), "stop_token_ids"),
+            (json!({"ignore_eos": 1}), "ignore_eos"),
+            (json!({"min_tokens": -1}), "min_tokens"),
+            (json!({"min_tokens": u64::MAX}), "min_tokens"),
             (json!({"store": true}), "store"),
             (json!({"user": "a\nb"}), "user"),
             (json!({"user": 3}), "user"),
+            (json!({"cache_salt": "a\u{0}b"}), "cache_salt"),
+            (json!({"cache_salt": "x".repeat(513)}), "cache_salt"),
+            (json!({"priority": 101}), "priority"),
+            (json!({"priority": -101}), "priority"),
+            (json!({"priority": 0.5}), "priority"),
             (json!({"metadata": {"a": 3}}), "metadata"),
             (json!({"surprise": 3}), "surprise"),
             (json!({"evil\nname": 3}), "evil\\nname"),
@@ -282,13 +271,17 @@ mod tests {
             json!({"stream": true, "stream_options": {"include_usage": true}}),
             json!({"stream": true, "stream_options": {"include_obfuscation": false}}),
             json!({"user": "u", "metadata": {"k": "v"}, "store": false, "service_tier": "auto"}),
+            json!({"priority": -100, "cache_salt": "s"}),
             json!({"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}),
+            json!({"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.1}),
+            json!({"logit_bias": {"1": -100, "2": 100, "3": 0.5}, "min_p": 1}),
+            json!({"stop_token_ids": [1, 2], "ignore_eos": true, "min_tokens": 3}),
         ];
         for body in bodies {
             if let Err(error) = take(body.clone()) {
                 panic!("{body}: {error}");
             }
         }
-        assert_eq!(take(json!({"seed": -1})).unwrap().seed, Some(u64::MAX));
+        assert_eq!(take(json!({"seed": -1})).unwrap().decoding.seed, Some(u64::MAX));
     }
 }

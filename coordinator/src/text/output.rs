@@ -32,6 +32,8 @@ pub struct Piece<T> {
 pub struct Output<T> {
     decoder: Decoder,
     matcher: stop::Matcher,
+    /// Stop strings end nothing before so many more tokens.
+    n_unstoppable: u32,
     /// Not yet given out, each with (bytes, characters) of decoded text before it.
     pending: VecDeque<(usize, usize, T)>,
     n_decoded_bytes: usize,
@@ -41,10 +43,11 @@ pub struct Output<T> {
 
 impl<T> Output<T> {
     #[must_use]
-    pub fn new(tokenizer: &Arc<Tokenizer>, stops: Arc<[String]>) -> Self {
+    pub fn new(tokenizer: &Arc<Tokenizer>, stops: Arc<[String]>, min_tokens: u32) -> Self {
         Self {
             decoder: tokenizer.decoder(true),
             matcher: stop::Matcher::new(stops),
+            n_unstoppable: min_tokens,
             pending: VecDeque::new(),
             n_decoded_bytes: 0,
             n_decoded_chars: 0,
@@ -58,7 +61,11 @@ impl<T> Output<T> {
         let text = self.decoder.push(id);
         self.n_decoded_bytes += text.len();
         self.n_decoded_chars += text.chars().count();
-        let released = self.matcher.push(&text);
+        let released = match self.n_unstoppable {
+            0 => self.matcher.push(&text),
+            _ => stop::Released { text, stopped: false },
+        };
+        self.n_unstoppable = self.n_unstoppable.saturating_sub(1);
         let all = !released.stopped && !self.matcher.holds() && !self.decoder.holds();
         self.release(released.text, released.stopped, all)
     }
@@ -95,9 +102,14 @@ mod tests {
 
     /// Text of each piece with the ids of its tokens, and whether it stopped.
     fn run(text: &str, stops: &[&str]) -> (Vec<(String, Vec<u32>)>, bool) {
+        run_from(0, text, stops)
+    }
+
+    /// The same where stop strings end nothing before `min_tokens`.
+    fn run_from(min_tokens: u32, text: &str, stops: &[&str]) -> (Vec<(String, Vec<u32>)>, bool) {
         let tokenizer = Arc::new(Tokenizer::from_json(&tiny::tokenizer_json(), None).unwrap());
         let stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
-        let mut output = Output::new(&tokenizer, stops);
+        let mut output = Output::new(&tokenizer, stops, min_tokens);
         let mut pieces = Vec::new();
         let show = |piece: Piece<u32>| {
             (piece.text, piece.tokens.into_iter().map(|placed| placed.token).collect::<Vec<_>>())
@@ -112,6 +124,18 @@ mod tests {
         }
         pieces.push(show(output.finish()));
         (pieces, false)
+    }
+
+    #[test]
+    fn a_stop_string_among_the_first_tokens_ends_nothing() {
+        let text = |min_tokens| -> (String, bool) {
+            let (pieces, stopped) = run_from(min_tokens, "a. b. c. d", &[". "]);
+            (pieces.into_iter().map(|(text, _)| text).collect(), stopped)
+        };
+        assert_eq!(text(0), ("a".to_owned(), true));
+        assert_eq!(text(3), ("a. b".to_owned(), true));
+        assert_eq!(text(7), ("a. b. c".to_owned(), true));
+        assert_eq!(text(10), ("a. b. c. d".to_owned(), false));
     }
 
     #[test]
@@ -135,7 +159,7 @@ mod tests {
     #[test]
     fn offsets_count_characters() {
         let tokenizer = Arc::new(Tokenizer::from_json(&tiny::tokenizer_json(), None).unwrap());
-        let mut output = Output::new(&tokenizer, Arc::from([]));
+        let mut output = Output::new(&tokenizer, Arc::from([]), 0);
         let ids = "é!hello".bytes().take(3).map(u32::from).chain([259]);
         let offsets: Vec<usize> = ids
             .flat_map(|id| output.push(id, ()).tokens)

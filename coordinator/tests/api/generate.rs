@@ -1,10 +1,11 @@
 //! What a request gets when nothing goes wrong.
 
+use evener_coordinator::http::Options;
 use serde_json::{Value, json};
 
-use crate::lead::Lead;
+use crate::lead::{Lead, Script};
 use crate::tiny;
-use crate::world::{CONTEXT, World, alphabet, says, script, user};
+use crate::world::{CONTEXT, World, alphabet, options, says, script, user};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -66,15 +67,17 @@ async fn usage_comes_last_and_only_if_asked_for() {
         let mut request = input;
         request["n"] = json!(3);
         request["max_tokens"] = json!(7);
-        let usage = world.post(path, request.clone()).await.ok()["usage"].clone();
+        let mut usage = world.post(path, request.clone()).await.ok()["usage"].clone();
         assert_eq!(usage["completion_tokens"], 21);
-        let (prompt, total) = (&usage["prompt_tokens"], &usage["total_tokens"]);
-        assert_eq!(prompt.as_u64().unwrap() + 21, total.as_u64().unwrap());
+        let [prompt, total] = ["prompt_tokens", "total_tokens"].map(|of| usage[of].as_u64());
+        assert_eq!(prompt.unwrap() + 21, total.unwrap());
         request["stream"] = json!(true);
         request["stream_options"] = json!({"include_usage": true});
         let events = world.post(path, request).await.events();
         let (last, before) = events.split_last().unwrap();
         assert_eq!(last["choices"], json!([]));
+        // By now all but the last token of the prompt is cached.
+        usage["prompt_tokens_details"]["cached_tokens"] = json!(prompt.unwrap() - 1);
         assert_eq!(last["usage"], usage);
         for event in before {
             assert_eq!(event["usage"], Value::Null);
@@ -143,6 +146,85 @@ async fn sampling_reaches_the_lead_as_it_was_asked() {
     let sampling = submits[1].sampling.clone().unwrap();
     assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k), (1.0, 1.0, 0));
     assert_eq!((sampling.n_logprobs, submits[1].max_tokens), (None, 16));
+}
+
+#[tokio::test]
+async fn penalties_bias_and_stops_reach_the_lead_as_they_were_asked() {
+    let lead = Lead::start(1, script(alphabet()));
+    let world = World::start(&[&lead]).await;
+    let request = json!({
+        "messages": user("hi"), "max_tokens": 9, "min_p": 0.125, "repetition_penalty": 1.5,
+        "presence_penalty": -0.5, "frequency_penalty": 0.25, "min_tokens": 3,
+        "logit_bias": {"266": -100, "7": 2.5}, "stop_token_ids": [9, 266, 8],
+    });
+    world.post(CHAT, request.clone()).await.ok();
+    let mut ignoring = request;
+    ignoring["ignore_eos"] = json!(true);
+    ignoring["stop_token_ids"] = json!([8]);
+    world.post(CHAT, ignoring).await.ok();
+    world.post(COMPLETIONS, json!({"prompt": [1]})).await.ok();
+    let samplings: Vec<_> =
+        lead.submits().into_iter().map(|submit| submit.sampling.unwrap()).collect();
+    let one = &samplings[0];
+    assert_eq!((one.min_p, one.repetition_penalty), (0.125, 1.5));
+    assert_eq!((one.presence_penalty, one.frequency_penalty), (-0.5, 0.25));
+    let bias: Vec<(u32, f32)> = one.logit_bias.iter().map(|one| (one.id, one.bias)).collect();
+    assert_eq!((bias, one.min_tokens), (vec![(7, 2.5), (266, -100.0)], 3));
+    assert_eq!(one.stop_token_ids, [8, 9, 266]);
+    assert_eq!(samplings[1].stop_token_ids, [8], "the model's own end nothing");
+    let plain = &samplings[2];
+    assert_eq!((plain.min_p, plain.repetition_penalty, plain.n_resumed), (0.0, 1.0, 0));
+    assert_eq!((plain.presence_penalty, plain.frequency_penalty), (0.0, 0.0));
+    assert_eq!((plain.logit_bias.len(), plain.min_tokens), (0, 0));
+}
+
+#[tokio::test]
+async fn what_an_answer_must_be_reaches_the_lead_and_its_refusal_the_client() {
+    use evener_proto::worker as wire;
+    let lead = Lead::start(1, script(alphabet()));
+    let world = World::start(&[&lead]).await;
+    let mut request = json!({"prompt": [1], "guided_choice": ["yes", "no"], "max_tokens": 3});
+    world.post(COMPLETIONS, request.clone()).await.ok();
+    let sampling = lead.submits().remove(0).sampling.unwrap();
+    let source = sampling.grammar.unwrap().source.unwrap();
+    assert_eq!(source, wire::grammar::Source::Regex("(?:yes|no)".to_owned()));
+
+    let kind = wire::sequence_error::Kind::Grammar.into();
+    let refusal = wire::SequenceError { kind, message: "no text fits it".to_owned() };
+    let lead = Lead::start(2, Script { refusal: Some(refusal), ..script(alphabet()) });
+    world.set_leads(&[&lead]);
+    for stream in [false, true] {
+        request["stream"] = json!(stream);
+        let answer = world.post(COMPLETIONS, request.clone()).await;
+        assert_eq!(answer.status, 400, "{}", answer.text);
+        let error = answer.json()["error"].clone();
+        assert_eq!(error["param"], "guided_choice");
+        assert!(error["message"].as_str().unwrap().contains("no text fits it"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_stop_token_ends_the_text_before_it_and_a_stop_string_waits_for_min_tokens() {
+    let said = b"one. two. three. four";
+    let lead = Lead::start(1, script(says(1, said)));
+    let world = World::start(&[&lead]).await;
+    let text = async |request: Value| {
+        let mut body = json!({"prompt": [1], "max_tokens": 60, "temperature": 0});
+        for (key, value) in request.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let whole = world.post(COMPLETIONS, body.clone()).await.ok();
+        body["stream"] = json!(true);
+        let events = world.post(COMPLETIONS, body).await.events();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["finish_reason"], "stop");
+        assert_eq!(choice["text"], deltas(&events, 0));
+        choice["text"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(text(json!({})).await, "one. two. three. four");
+    assert_eq!(text(json!({"stop": "."})).await, "one");
+    assert_eq!(text(json!({"stop": ".", "min_tokens": 4})).await, "one. two");
+    assert_eq!(text(json!({"stop": ".", "min_tokens": 60})).await, "one. two. three. four");
 }
 
 #[tokio::test]
@@ -269,7 +351,8 @@ async fn echo_gives_the_prompt_back_with_its_logprobs() {
     assert_eq!(whole["choices"][1]["index"], 1);
     assert_eq!(
         whole["usage"],
-        json!({"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8})
+        json!({"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8,
+               "prompt_tokens_details": {"cached_tokens": 0}})
     );
     let mut streamed = request;
     streamed["stream"] = json!(true);
@@ -294,7 +377,7 @@ async fn many_prompts_are_answered_in_order() {
     let lead = Lead::start(1, script(alphabet()));
     let world = World::start(&[&lead]).await;
     let request = json!({"prompt": ["a", "ab", "abc"], "n": 2, "max_tokens": 1, "temperature": 0});
-    let whole = world.post(COMPLETIONS, request).await.ok();
+    let whole = world.post(COMPLETIONS, request.clone()).await.ok();
     let texts: Vec<&str> = whole["choices"]
         .as_array()
         .unwrap()
@@ -303,6 +386,53 @@ async fn many_prompts_are_answered_in_order() {
         .collect();
     assert_eq!(texts, ["b", "b", "c", "c", "d", "d"]);
     assert_eq!(whole["usage"]["prompt_tokens"], 6);
+    // Again: all but the last token of each prompt is cached, and counted once for two choices.
+    let whole = world.post(COMPLETIONS, request).await.ok();
+    assert_eq!(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 1 + 2);
+}
+
+#[tokio::test]
+async fn cached_tokens_are_reported_and_never_across_users() {
+    let lead = Lead::start(1, script(alphabet()));
+    let world = World::start(&[&lead]).await;
+    let ask = async |path: &str, mut request: Value| {
+        let defaults = json!({"max_tokens": 2, "temperature": 0});
+        request.as_object_mut().unwrap().extend(defaults.as_object().unwrap().clone());
+        let whole = world.post(path, request.clone()).await.ok();
+        request["stream"] = json!(true);
+        request["stream_options"] = json!({"include_usage": true});
+        let events = world.post(path, request).await.events();
+        let streamed = events.iter().rev().find(|event| event["usage"].is_object()).unwrap();
+        let n_cached = |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].clone();
+        (n_cached(&whole["usage"]), n_cached(&streamed["usage"]))
+    };
+    let none_then = |n: u64| (json!(0), json!(n));
+    let hello = json!([{"role": "user", "content": "hi"}]);
+    let (first, again) = ask(CHAT, json!({"messages": hello})).await;
+    assert!(first == 0 && again.as_u64().unwrap() > 0, "{first} {again}");
+    for (prompt, n) in [("abcdef", 1), ("uvwxyz", 3)] {
+        let prompt = json!({"prompt": prompt, "n": n});
+        assert_eq!(ask(COMPLETIONS, prompt).await, none_then(5));
+    }
+    for (user, salt) in [("a", ""), ("b", ""), ("", "a"), ("a", "a")] {
+        let request = json!({"prompt": "abcdef", "user": user, "cache_salt": salt, "priority": 3});
+        assert_eq!(ask(COMPLETIONS, request).await, none_then(5), "{user} {salt}");
+        let submit = lead.submits().pop().unwrap();
+        assert_eq!((submit.user.as_str(), submit.priority), (user, 3));
+    }
+}
+
+#[tokio::test]
+async fn users_share_what_is_cached_if_they_are_told_to_but_not_across_salts() {
+    let lead = Lead::start(1, script(alphabet()));
+    let options = Options { share_prefixes: true, ..options() };
+    let world = World::with(&[&lead], options).await;
+    for (user, salt, expect) in [("a", "", 0), ("b", "", 5), ("b", "s", 0), ("a", "s", 5)] {
+        let request = json!({"prompt": "abcdef", "user": user, "cache_salt": salt});
+        let whole = world.post(COMPLETIONS, request).await.ok();
+        let n_cached = &whole["usage"]["prompt_tokens_details"]["cached_tokens"];
+        assert_eq!(*n_cached, expect, "{user} {salt}");
+    }
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ pub type Rule = Arc<dyn Fn(&[u32], &wire::Sampling) -> u32 + Send + Sync>;
 /// What a lead was asked.
 #[derive(Debug, Clone)]
 pub enum Seen {
-    Submit(wire::Submit),
+    Submit(Box<wire::Submit>),
     Cancel,
 }
 
@@ -101,7 +101,7 @@ impl Lead {
 
     pub fn submits(&self) -> Vec<wire::Submit> {
         let submit = |seen| match seen {
-            Seen::Submit(submit) => Some(submit),
+            Seen::Submit(submit) => Some(*submit),
             Seen::Cancel => None,
         };
         self.seen().into_iter().filter_map(submit).collect()
@@ -180,6 +180,7 @@ impl Worker for Service {
             seen: self.seen.clone(),
             limit: self.limit.clone(),
             running: BTreeMap::new(),
+            known: BTreeMap::new(),
         };
         tokio::spawn(engine.run(request.into_inner(), out));
         Ok(Response::new(ReceiverStream::new(out_rx)))
@@ -218,6 +219,8 @@ struct Running {
     submit: wire::Submit,
     tokens: Vec<u32>,
     n_prompt_told: usize,
+    /// Of the prompt, what an earlier one of its salt began with too.
+    n_cached: u32,
 }
 
 struct Engine {
@@ -226,6 +229,8 @@ struct Engine {
     seen: Arc<Mutex<Vec<Seen>>>,
     limit: watch::Receiver<usize>,
     running: BTreeMap<u64, Running>,
+    /// By salt: the prompts so far.
+    known: BTreeMap<String, Vec<Vec<u32>>>,
 }
 
 impl Engine {
@@ -271,7 +276,7 @@ impl Engine {
     fn take(&mut self, body: wire::generate_request::Body) -> Option<wire::SequenceEvent> {
         match body {
             wire::generate_request::Body::Submit(submit) => {
-                self.seen.lock().unwrap().push(Seen::Submit(submit.clone()));
+                self.seen.lock().unwrap().push(Seen::Submit(Box::new(submit.clone())));
                 if let Some(error) = &self.script.refusal {
                     return Some(wire::SequenceEvent {
                         request_id: submit.request_id,
@@ -281,7 +286,8 @@ impl Engine {
                 }
                 let tokens = submit.prompt.clone();
                 let id = submit.request_id;
-                self.running.insert(id, Running { submit, tokens, n_prompt_told: 1 });
+                let n_cached = self.remember(&submit);
+                self.running.insert(id, Running { submit, tokens, n_prompt_told: 1, n_cached });
             }
             wire::generate_request::Body::Cancel(cancel) => {
                 self.seen.lock().unwrap().push(Seen::Cancel);
@@ -291,6 +297,16 @@ impl Engine {
         None
     }
 
+    fn remember(&mut self, submit: &wire::Submit) -> u32 {
+        let common = |other: &Vec<u32>| {
+            submit.prompt.iter().zip(other).take_while(|(one, other)| one == other).count()
+        };
+        let known = self.known.entry(submit.cache_salt.clone()).or_default();
+        let n_cached = known.iter().map(common).max().unwrap_or(0);
+        known.push(submit.prompt.clone());
+        n_cached.min(submit.prompt.len() - 1) as u32
+    }
+
     fn step(&mut self, limit: usize) -> Vec<wire::SequenceEvent> {
         let mut events = Vec::new();
         for (&request_id, running) in &mut self.running {
@@ -298,7 +314,7 @@ impl Engine {
                 continue;
             }
             let mut event = wire::SequenceEvent { request_id, ..wire::SequenceEvent::default() };
-            let Running { submit, tokens, n_prompt_told } = running;
+            let Running { submit, tokens, n_prompt_told, n_cached } = running;
             let sampling = submit.sampling.clone().unwrap();
             if submit.prompt_logprobs && *n_prompt_told < submit.prompt.len() {
                 // In two parts, as chunked prefill would tell it.
@@ -314,6 +330,7 @@ impl Engine {
             let id = (self.script.rule)(tokens, &sampling);
             tokens.push(id);
             event.tokens.push(token(id, sampling.n_logprobs));
+            event.cached_tokens = std::mem::take(n_cached);
             let n_generated = (tokens.len() - submit.prompt.len()) as u32;
             if id == self.script.stop_token {
                 event.finish = wire::FinishReason::Stop.into();

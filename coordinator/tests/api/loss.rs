@@ -107,7 +107,8 @@ async fn a_lost_lead_costs_a_pause_and_no_token() {
     let resumed = second.submits().remove(0);
     assert_eq!(resumed.prompt.len(), 20, "prompt and what was generated before");
     assert_eq!(resumed.max_tokens, 42);
-    assert_eq!(resumed.sampling.unwrap().seed, 3);
+    let sampling = resumed.sampling.unwrap();
+    assert_eq!((sampling.seed, sampling.n_resumed), (3, 18), "and which of them were generated");
     assert_eq!(world.metric("evener_migrations_total").await, 1.0);
     // Not streamed, the same; usage counts each token once.
     let whole = world.post(COMPLETIONS, request()).await.ok();

@@ -37,6 +37,71 @@ async fn a_dropped_client_frees_its_sequence() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prompt_is_computed_once_for_a_user_and_gives_the_same_answer() {
+    let cluster = Cluster::builder().workers(2).start().await;
+    let prompt = "The evener shares the load of unequal horses. ".repeat(20);
+    let ask = async |user: &str, tail: &str| {
+        let body = json!({
+            "model": cluster.model, "prompt": format!("{prompt}{tail}"), "max_tokens": 8,
+            "temperature": 0, "logprobs": 2, "user": user,
+        });
+        let answer = cluster.api.ask("/v1/completions", &body).await;
+        let usage = &answer["usage"];
+        let n = |field: &Value| field.as_u64().expect("a number of tokens");
+        let n_cached = n(&usage["prompt_tokens_details"]["cached_tokens"]);
+        (answer["choices"].to_string(), n_cached, n(&usage["prompt_tokens"]))
+    };
+    let (first, n_cached, n_prompt) = ask("a", "First").await;
+    assert_eq!(n_cached, 0);
+    let (again, n_cached, _) = ask("a", "First").await;
+    assert!(n_cached + 16 >= n_prompt, "{n_cached} of {n_prompt} tokens were cached");
+    assert_eq!(again, first);
+    let (_, n_cached, n_prompt) = ask("a", "Another").await;
+    assert!(n_cached + 32 >= n_prompt, "{n_cached} of {n_prompt} tokens were cached");
+    let (other, n_cached, _) = ask("b", "First").await;
+    assert_eq!((other, n_cached), (first, 0), "users share nothing, and get the same");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_is_json_of_its_schema_and_one_that_cannot_be_is_refused() {
+    let cluster = Cluster::builder().workers(2).start().await;
+    let ask = |schema: &Value| {
+        json!({
+            "model": cluster.model, "n": 3, "seed": 5, "max_tokens": 120, "temperature": 0.8,
+            "frequency_penalty": 0.2,
+            "messages": [{"role": "user", "content": "Describe a horse as JSON."}],
+            "response_format": {"type": "json_schema", "json_schema": {
+                "name": "horse", "strict": true, "schema": schema,
+            }},
+        })
+    };
+    let schema = json!({
+        "type": "object", "required": ["name", "colour", "age"], "additionalProperties": false,
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "colour": {"enum": ["schwarz", "weiß", "braun"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 40},
+        },
+    });
+    let answer = cluster.api.ask("/v1/chat/completions", &ask(&schema)).await;
+    let choices = answer["choices"].as_array().expect("a list of choices");
+    assert_eq!(choices.len(), 3);
+    for choice in choices {
+        assert_eq!(choice["finish_reason"], "stop", "{choice}");
+        let text = choice["message"]["content"].as_str().expect("a text");
+        let horse: Value = serde_json::from_str(text).expect("JSON");
+        assert!(horse["age"].as_u64().is_some_and(|age| age <= 40), "{horse}");
+        let colours = ["schwarz", "weiß", "braun"];
+        assert!(horse["colour"].as_str().is_some_and(|c| colours.contains(&c)), "{horse}");
+    }
+    let again = cluster.api.ask("/v1/chat/completions", &ask(&schema)).await;
+    assert_eq!(again["choices"], answer["choices"]);
+    let (status, refused) =
+        cluster.api.post("/v1/chat/completions", &ask(&json!({"type": "horse"}))).await;
+    assert_eq!((status, &refused["error"]["param"]), (400, &json!("response_format")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_at_once_share_steps_and_get_the_answers_they_get_alone() {
     const TOKENS: u64 = 48;
     let cluster = Cluster::builder().shares("2:1").start().await;

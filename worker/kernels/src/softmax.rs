@@ -1,76 +1,93 @@
-//! Weights of a softmax over a row of logits: exponentials, not yet divided by their sum.
+//! Masses of a softmax: exponentials as integers, so that a sum has the same bits in whatever order
+//! and in however many parts it is added up, on one rank or on many.
 
 use crate::isa::{Isa, dispatch};
 use crate::lanes::LANES;
 use crate::math::exp;
-use crate::peaks::STRETCH;
 
-/// `e^((logit - highest) * scale)`; `highest` is the row's largest, `scale` finite.
+/// The mass of a row's largest logit. A logit 2^45 times less likely than it has none.
+pub const ONE: u64 = 1 << 44;
+/// Most logits of a row: so many of the largest mass still fit 64 bits.
+pub const MAX_LOGITS: usize = 1 << 19;
+
+/// Adding 1.5 * 2^52 to a number of less than 2^51 rounds it to an integer, which then stands in
+/// the low bits.
+const ROUND: f64 = 6_755_399_441_055_744.0;
+
+/// `e^((logit - highest) * scale)` of [`ONE`], rounded; `highest` is the row's largest logit,
+/// `scale` positive and finite.
 #[inline(always)]
 #[must_use]
-pub fn weight(logit: f32, highest: f32, scale: f32) -> f32 {
-    exp((logit - highest) * scale)
+pub fn mass(logit: f32, highest: f32, scale: f32) -> u64 {
+    biased(logit, highest, scale) - ROUND.to_bits()
 }
 
-/// Replaces `weights` by the [`weight`] of each logit, and `sums` by their sum over each stretch of
-/// 1024: sixteen lanes, then the lanes in order.
+#[inline(always)]
+fn biased(logit: f32, highest: f32, scale: f32) -> u64 {
+    // The product is exact, so it matters not whether it and the sum are fused.
+    (f64::from(exp((logit - highest) * scale)) * ONE as f64 + ROUND).to_bits()
+}
+
+/// The sum of the [`mass`] of each logit.
 ///
 /// # Panics
-/// If lengths disagree.
-pub fn weigh(
-    isa: Isa,
-    logits: &[f32],
-    highest: f32,
-    scale: f32,
-    weights: &mut [f32],
-    sums: &mut [f64],
-) {
-    assert!(weights.len() == logits.len() && sums.len() == logits.len().div_ceil(STRETCH));
-    dispatch!(isa, fn(
-        logits: &[f32], highest: f32, scale: f32, weights: &mut [f32], sums: &mut [f64],
-    ) => {
-        let stretches = logits.chunks(STRETCH).zip(weights.chunks_mut(STRETCH)).zip(sums);
-        for ((logits, weights), total) in stretches {
-            let mut lanes = [0f64; LANES];
-            let (logits, logits_left) = logits.as_chunks::<LANES>();
-            let (weights, weights_left) = weights.as_chunks_mut::<LANES>();
-            for (logits, weights) in logits.iter().zip(weights) {
-                for lane in 0..LANES {
-                    weights[lane] = weight(logits[lane], highest, scale);
-                    lanes[lane] += f64::from(weights[lane]);
-                }
+/// If there are more than [`MAX_LOGITS`].
+#[must_use]
+pub fn total(isa: Isa, logits: &[f32], highest: f32, scale: f32) -> u64 {
+    assert!(logits.len() <= MAX_LOGITS, "{} logits", logits.len());
+    let biased = dispatch!(isa, fn(logits: &[f32], highest: f32, scale: f32) -> u64 => {
+        let mut lanes = [0u64; LANES];
+        let (whole, rest) = logits.as_chunks::<LANES>();
+        for logits in whole {
+            for lane in 0..LANES {
+                lanes[lane] = lanes[lane].wrapping_add(biased(logits[lane], highest, scale));
             }
-            for (lane, (logit, out)) in logits_left.iter().zip(weights_left).enumerate() {
-                *out = weight(*logit, highest, scale);
-                lanes[lane] += f64::from(*out);
-            }
-            *total = lanes.iter().sum();
         }
+        for (lane, &logit) in rest.iter().enumerate() {
+            lanes[lane] = lanes[lane].wrapping_add(biased(logit, highest, scale));
+        }
+        lanes.iter().fold(0u64, |sum, &lane| sum.wrapping_add(lane))
     });
+    biased.wrapping_sub(ROUND.to_bits().wrapping_mul(logits.len() as u64))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn logits() -> Vec<f32> {
+        (0..5003).map(|i| (i * 7919 % 5003) as f32 * -0.01).collect()
+    }
+
     #[test]
-    fn weights_are_exponentials_and_the_same_bits_everywhere() {
-        let logits: Vec<f32> = (0..5003).map(|i| (i * 7919 % 5003) as f32 * -0.01).collect();
-        let mut first: Option<(Vec<f32>, Vec<f64>)> = None;
-        for isa in Isa::available() {
-            let (mut weights, mut sums) = (vec![9.0; logits.len()], vec![9.0; 5]);
-            weigh(isa, &logits, 0.0, 1.25, &mut weights, &mut sums);
-            for (stretch, sum) in weights.chunks(STRETCH).zip(&sums) {
-                let plain: f64 = stretch.iter().map(|&weight| f64::from(weight)).sum();
-                assert!((plain - sum).abs() <= 1e-12 * plain);
-            }
-            for (&weight, &logit) in weights.iter().zip(&logits) {
-                let truth = (f64::from(logit) * 1.25).exp();
-                assert!((f64::from(weight) - truth).abs() < 2e-5 * truth, "{weight} {truth}");
-            }
-            let first = first.get_or_insert_with(|| (weights.clone(), sums.clone()));
-            assert!(weights.iter().zip(&first.0).all(|(a, b)| a.to_bits() == b.to_bits()));
-            assert!(sums.iter().zip(&first.1).all(|(a, b)| a.to_bits() == b.to_bits()));
+    fn masses_are_exponentials() {
+        for &logit in &logits() {
+            let truth = (f64::from(logit) * 1.25).exp();
+            let got = mass(logit, 0.0, 1.25) as f64 / ONE as f64;
+            assert!((got - truth).abs() < 2e-5 * truth + 0.5 / ONE as f64, "{got} {truth}");
         }
+        assert_eq!(mass(3.5, 3.5, f32::MAX), ONE);
+        assert_eq!(mass(f32::MIN, f32::MAX, 0.01), 0);
+        assert_eq!(mass(-31.3, 0.0, 1.0), 0, "less than half of the least mass");
+    }
+
+    #[test]
+    fn a_total_is_the_same_on_every_machine_and_in_any_parts() {
+        let logits = logits();
+        let expect: u64 = logits.iter().map(|&logit| mass(logit, 0.0, 0.7)).sum();
+        for isa in Isa::available() {
+            assert_eq!(total(isa, &logits, 0.0, 0.7), expect, "{isa:?}");
+            for cut in [0, 1, 16, 1000, 5003] {
+                let (left, right) = logits.split_at(cut);
+                let sum = total(isa, left, 0.0, 0.7) + total(isa, right, 0.0, 0.7);
+                assert_eq!(sum, expect, "{isa:?} {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_row_does_not_overflow() {
+        let logits = vec![1.0; MAX_LOGITS];
+        assert_eq!(total(Isa::detect(), &logits, 1.0, 1.0), ONE * MAX_LOGITS as u64);
     }
 }

@@ -116,6 +116,9 @@ pub trait Backend: Send {
     /// A failed collective, or a device that failed. The epoch is over after either.
     fn run(&mut self, batch: &Batch, collective: &mut dyn Collective) -> Result<(), Error>;
 
+    /// Gives one KV block the keys and values of another, in all layers.
+    fn copy_block(&mut self, from: u32, to: u32);
+
     /// Logits of the last run: `[S, own vocabulary rows]`, f32.
     fn logits(&self) -> &[f32];
 

@@ -154,6 +154,15 @@ impl Backend for Reference {
         ran
     }
 
+    fn copy_block(&mut self, from: u32, to: u32) {
+        let len = KV_BLOCK_LEN * slot_len(&self.program);
+        let (from, to) = (from as usize * len, to as usize * len);
+        for layer in &mut self.cache {
+            layer.k.copy_within(from..from + len, to);
+            layer.v.copy_within(from..from + len, to);
+        }
+    }
+
     fn logits(&self) -> &[f32] {
         &self.logits
     }

@@ -4,7 +4,7 @@
 use crate::backend::{Batch, KV_BLOCK_LEN, Span};
 
 use super::kv_blocks::blocks_for;
-use super::step::{Entry, Limits, StepPlan};
+use super::step::{Copy, Entry, Limits, StepPlan};
 
 /// What a rank remembers of the sequences: by slot, the blocks of the positions computed so far.
 #[derive(Debug)]
@@ -23,14 +23,13 @@ struct Slot {
 /// An empty batch with memory for any step within `limits`.
 #[must_use]
 pub fn with_room(limits: &Limits) -> Batch {
-    let n_blocks = limits.n_slots * blocks_for(limits.max_context);
     Batch {
         step: 0,
         tokens: Vec::with_capacity(limits.max_batch_tokens),
         positions: Vec::with_capacity(limits.max_batch_tokens),
         slots: Vec::with_capacity(limits.max_batch_tokens),
         spans: Vec::with_capacity(limits.n_slots),
-        block_tables: Vec::with_capacity(n_blocks.min(limits.n_kv_blocks as usize)),
+        block_tables: Vec::with_capacity(limits.max_table_blocks()),
         sample_rows: Vec::with_capacity(limits.max_sample_rows),
     }
 }
@@ -71,7 +70,7 @@ impl Tables {
         for entry in &plan.entries {
             let (new, rest) = blocks.split_at(entry.n_blocks as usize);
             blocks = rest;
-            self.slots[entry.slot as usize].extend(entry, new, plan.step)?;
+            self.slots[entry.slot as usize].extend(entry, new, plan)?;
             self.slots[entry.slot as usize].flatten(entry, batch);
         }
         Ok(())
@@ -79,23 +78,34 @@ impl Tables {
 }
 
 impl Slot {
-    fn extend(&mut self, entry: &Entry, new_blocks: &[u32], step: u64) -> Result<(), Error> {
+    fn extend(&mut self, entry: &Entry, new_blocks: &[u32], plan: &StepPlan) -> Result<(), Error> {
         let &Entry { slot, start, n_tokens, .. } = entry;
-        if self.last_step == step {
+        if self.last_step == plan.step {
             return Err(Error::Twice { slot });
         }
-        self.last_step = step;
-        if self.n_tokens != start {
-            return Err(Error::Start { slot, at: self.n_tokens, start });
-        }
-        self.n_tokens += n_tokens;
+        self.last_step = plan.step;
+        let at = std::mem::replace(&mut self.n_tokens, start + n_tokens);
         self.blocks.extend_from_slice(new_blocks);
+        if at != start && !self.is_behind_others(at, start, &plan.copies) {
+            return Err(Error::Start { slot, at, start });
+        }
         let expected = blocks_for(self.n_tokens as usize);
         if self.blocks.len() != expected {
             let (got, n_tokens) = (self.blocks.len(), self.n_tokens);
             return Err(Error::Blocks { slot, got, n_tokens, expected });
         }
         Ok(())
+    }
+
+    /// Whether what lies between `at` and `start` was computed for others: in full blocks, which
+    /// are among the new ones, and perhaps a part of one that is copied.
+    fn is_behind_others(&self, at: u32, start: u32, copies: &[Copy]) -> bool {
+        let is_full = |n: u32| n.is_multiple_of(KV_BLOCK_LEN as u32);
+        let is_copied = || {
+            let block = self.blocks.get(start as usize / KV_BLOCK_LEN);
+            copies.iter().any(|copy| Some(&copy.to) == block)
+        };
+        start > at && is_full(at) && (is_full(start) || is_copied())
     }
 
     fn flatten(&self, entry: &Entry, batch: &mut Batch) {
@@ -139,8 +149,10 @@ mod tests {
             epoch: 1,
             step,
             kind: Kind::Run,
-            whole_logits: false,
+            asks: false,
+            rows: Vec::new(),
             freed_slots: freed.to_vec(),
+            copies: Vec::new(),
             entries: entries.to_vec(),
             tokens: (0..n_tokens).collect(),
             blocks: blocks.to_vec(),
@@ -173,6 +185,19 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_goes_on_behind_full_blocks_of_others() {
+        let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
+        tables.apply(&plan(1, &[entry(1, 32, 3, 3, 1)], &[9, 4, 8], &[]), &mut batch).unwrap();
+        assert_eq!((&batch.positions[..], batch.slots[0]), (&[32, 33, 34][..], 8 * 16));
+        assert_eq!(batch.block_tables, [9, 4, 8]);
+        // And in the midst of one that is copied.
+        let mut copying = plan(2, &[entry(2, 20, 1, 2, 1)], &[9, 5], &[]);
+        copying.copies.push(Copy { from: 4, to: 5 });
+        tables.apply(&copying, &mut batch).unwrap();
+        assert_eq!((batch.slots[0], &batch.block_tables[..]), (5 * 16 + 4, &[9, 5][..]));
+    }
+
+    #[test]
     fn a_freed_slot_begins_anew_in_the_same_plan() {
         let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
         tables.apply(&plan(1, &[entry(1, 0, 5, 1, 1)], &[9], &[]), &mut batch).unwrap();
@@ -189,6 +214,8 @@ mod tests {
         };
         check(&[entry(1, 17, 1, 0, 1)], &[], Error::Start { slot: 1, at: 18, start: 17 });
         check(&[entry(0, 1, 1, 1, 1)], &[5], Error::Start { slot: 0, at: 0, start: 1 });
+        check(&[entry(1, 32, 1, 1, 1)], &[5], Error::Start { slot: 1, at: 18, start: 32 });
+        check(&[entry(0, 17, 1, 2, 1)], &[5, 6], Error::Start { slot: 0, at: 0, start: 17 });
         let blocks = |got, expected| Error::Blocks { slot: 1, got, n_tokens: 34, expected };
         check(&[entry(1, 18, 16, 0, 1)], &[], blocks(2, 3));
         check(&[entry(1, 18, 16, 2, 1)], &[5, 6], blocks(4, 3));

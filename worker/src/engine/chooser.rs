@@ -1,14 +1,29 @@
 //! The logits of a step to the next token of each of its sequences, and to the log-probabilities
 //! that were asked for. Between the sampler, which knows one row, and the lead, which knows
 //! streams.
+//!
+//! Where the likeliest token is not enough, all ranks are asked about all sampled rows; a row of
+//! which the answers cannot tell the token (a wide nucleus, a draw from the tail) is fetched whole.
+
+use std::collections::HashMap;
+
+use evener_kernels::peaks::{n_peaks, peaks_of};
 
 use super::Error;
+use super::answer::Answer;
+use super::ask::{Ask, RowAsk};
+use super::masks::Masks;
 use super::output::TokenOut;
+use super::penalties::Edits;
 use super::rank::Rank;
-use super::sampler::{self, LogSoftmax, MAX_LOGPROBS, Row, Scratch};
+use super::row::{Edit, Norm, Row, edit};
+use super::sampler::{Candidate, Head, MAX_LOGPROBS, beyond, choose};
 use super::scheduler::Scheduler;
-use super::sequence::Sequence;
+use super::sequence::{Sequence, SequenceId};
 use super::step::{Entry, StepPlan};
+
+/// So many times more candidates are looked at where those before were too few.
+const WIDER: usize = 8;
 
 /// Working memory, and the answer for one step.
 #[derive(Debug, Default)]
@@ -17,7 +32,14 @@ pub struct Chooser {
     pub tokens: Vec<Option<u32>>,
     /// By entry of the plan.
     pub choices: Vec<Choice>,
-    scratch: Scratch,
+    /// Of the sequences that have any.
+    edits: HashMap<SequenceId, Edits>,
+    masks: Masks,
+    ask: Ask,
+    answer: Answer,
+    whole: Whole,
+    open: Vec<Open>,
+    fetch: StepPlan,
 }
 
 /// What to tell about one entry.
@@ -26,13 +48,42 @@ pub struct Choice {
     pub token: Option<TokenOut>,
     /// Of the positions that follow the entry's rows, where these are prompt.
     pub prompt_tokens: Vec<TokenOut>,
+    /// Why the sequence cannot go on: its token means nothing.
+    pub failure: Option<String>,
+}
+
+/// A row of which the answers did not tell the token, and what they did tell.
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    entry_idx: usize,
+    row_idx: u32,
+    norm: Option<Norm>,
+    total: u64,
+}
+
+/// A row that was fetched.
+#[derive(Debug, Default)]
+struct Whole {
+    raw: Vec<f32>,
+    edited: Vec<f32>,
+    peaks: Vec<f32>,
+    candidates: Vec<Candidate>,
+    scratch: Vec<i32>,
 }
 
 impl Chooser {
+    /// Before the plan is run: what can be computed beside it.
+    ///
+    /// # Errors
+    /// The epoch is over.
+    pub fn begin(&mut self, scheduler: &Scheduler, plan: &StepPlan) -> Result<(), Error> {
+        self.masks.begin(scheduler, plan)
+    }
+
     /// Chooses for every entry of the plan in flight.
     ///
     /// # Errors
-    /// Logits that are no numbers: the epoch is over.
+    /// The epoch is over.
     pub fn choose(
         &mut self,
         rank: &mut Rank,
@@ -41,18 +92,99 @@ impl Chooser {
     ) -> Result<(), Error> {
         self.tokens.clear();
         self.choices.clear();
+        if plan.asks {
+            self.masks.join()?;
+            self.ask_about(scheduler, plan, rank.limits().vocab);
+            rank.ask(&self.ask)?;
+        }
         let mut row_idx = 0;
         for (entry_idx, entry) in plan.entries.iter().enumerate() {
             let sequence = scheduler.scheduled(entry_idx);
-            let choice = match plan.whole_logits {
-                true => self.choose_entry(rank, sequence, entry, row_idx)?,
+            let choice = match plan.asks {
+                true => self.choose_entry(rank, sequence, entry, entry_idx, row_idx)?,
                 false => likeliest(rank, entry, row_idx)?,
             };
             row_idx += entry.n_sampled as usize;
-            self.tokens.push(choice.token.as_ref().map(|token| token.id));
             self.choices.push(choice);
         }
+        if !self.open.is_empty() {
+            self.look_wider(rank, scheduler)?;
+        }
+        let id = |choice: &Choice| choice.token.as_ref().map(|token| token.id);
+        self.tokens.extend(self.choices.iter().map(id));
         Ok(())
+    }
+
+    /// The sequence is gone.
+    pub fn forget(&mut self, id: SequenceId) {
+        self.edits.remove(&id);
+        self.masks.forget(id);
+    }
+
+    fn ask_about(&mut self, scheduler: &Scheduler, plan: &StepPlan, vocab: usize) {
+        self.ask.clear();
+        for (entry_idx, entry) in plan.entries.iter().enumerate() {
+            let sequence = scheduler.scheduled(entry_idx);
+            let sampling = &sequence.sampling;
+            for i in 0..entry.n_sampled {
+                let n_raw = sampling.n_logprobs.map(|n| n.min(MAX_LOGPROBS).min(vocab as u32));
+                let known = sequence.tokens.get(next_position(entry, i) as usize);
+                let row = match known {
+                    Some(_) => RowAsk {
+                        token: known.copied(),
+                        n_raw: n_raw.or(Some(0)),
+                        ..RowAsk::default()
+                    },
+                    None => {
+                        let (is_masked, may_go_on) = self.put_mask(sequence, vocab);
+                        RowAsk {
+                            n_top: sampling.n_head().min(vocab as u32),
+                            total_scale: sampling.wants_total().then(|| sampling.scale()),
+                            n_raw,
+                            n_edits: self.put_edits(sequence, may_go_on),
+                            is_masked,
+                            ..RowAsk::default()
+                        }
+                    }
+                };
+                self.ask.rows.push(row);
+            }
+        }
+    }
+
+    /// Adds a sequence's mask to the ask. Says whether it has one, and whether any token but those
+    /// that end it may come.
+    fn put_mask(&mut self, sequence: &Sequence, vocab: usize) -> (bool, bool) {
+        let stop_token_ids = &sequence.sampling.stop_token_ids;
+        let Some(Ok(mask)) = self.masks.mask(sequence.id) else {
+            return (false, stop_token_ids.len() < vocab);
+        };
+        let start = self.ask.masks.len();
+        self.ask.masks.extend_from_slice(mask);
+        self.ask.masks.resize(start + Ask::mask_words(vocab), 0);
+        let n_allowed: u32 = mask.iter().map(|bits| bits.count_ones()).sum();
+        let is_allowed = |token: u32| {
+            mask.get(token as usize / 32).is_some_and(|bits| bits >> (token % 32) & 1 == 1)
+        };
+        let n_stops = stop_token_ids.iter().filter(|&&token| is_allowed(token)).count();
+        (true, (n_allowed as usize) > n_stops)
+    }
+
+    /// Adds a sequence's edits to the ask, and says how many.
+    fn put_edits(&mut self, sequence: &Sequence, may_go_on: bool) -> u32 {
+        let (sampling, edits) = (&sequence.sampling, &mut self.ask.edits);
+        let n_before = edits.len();
+        let n_output = sequence.n_output();
+        if sampling.has_edits() {
+            let new = || Edits::new(sampling);
+            let state = self.edits.entry(sequence.id).or_insert_with(new);
+            let n_prompt = sequence.tokens.len() - n_output;
+            edits.extend(state.after(&sequence.tokens, n_prompt, &sampling.penalties));
+        }
+        if n_output < sampling.min_tokens as usize && may_go_on {
+            edits.extend(sampling.stop_token_ids.iter().map(|&token| Edit::ban(token)));
+        }
+        (edits.len() - n_before) as u32
     }
 
     fn choose_entry(
@@ -60,43 +192,125 @@ impl Chooser {
         rank: &mut Rank,
         sequence: &Sequence,
         entry: &Entry,
+        entry_idx: usize,
         first_row_idx: usize,
     ) -> Result<Choice, Error> {
         let mut choice = Choice::default();
-        let end = entry.start + entry.n_tokens;
+        if let Some(Err(reason)) = self.masks.mask(sequence.id) {
+            choice.failure = Some(reason.to_owned());
+        }
         for i in 0..entry.n_sampled {
-            let row = rank.row(first_row_idx + i as usize)?;
-            // The row of position p speaks of the token at p + 1.
-            let position = end - entry.n_sampled + i + 1;
-            match sequence.tokens.get(position as usize) {
-                Some(&known) => {
-                    choice.prompt_tokens.push(self.token_out(row, known, sequence, true));
-                }
-                None => {
-                    let (sampling, scratch) = (&sequence.sampling, &mut self.scratch);
-                    let token = sampler::sample(&row, sampling, position, scratch);
-                    choice.token = Some(self.token_out(row, token, sequence, false));
-                }
+            let row_idx = first_row_idx + i as usize;
+            let (asked, answer) = (self.ask.rows[row_idx], &mut self.answer);
+            rank.take_answer(row_idx, &asked, answer)?;
+            if let Some(id) = asked.token {
+                let norm = answer.norm.zip(answer.token_logit);
+                let logprob = norm.map(|(norm, logit)| norm.logprob(logit));
+                choice.prompt_tokens.push(TokenOut { id, logprob, top: top(answer) });
+                continue;
             }
+            let Answer { candidates, is_all, total, .. } = &*answer;
+            let head = Head { candidates, is_all: *is_all, total: *total };
+            let position = next_position(entry, i);
+            if candidates.is_empty() {
+                return Err(Error::NothingAllowed { position });
+            }
+            let Some(chosen) = choose(&head, &sequence.sampling, position) else {
+                let (norm, total) = (answer.norm, answer.total);
+                self.open.push(Open { entry_idx, row_idx: row_idx as u32, norm, total });
+                // Its token is filled in once the row is here.
+                let token = TokenOut { id: 0, logprob: None, top: top(answer) };
+                choice.token = Some(token);
+                continue;
+            };
+            let logprob = answer.norm.map(|norm| norm.logprob(candidates[chosen].raw));
+            let id = candidates[chosen].token;
+            choice.token = Some(TokenOut { id, logprob, top: top(answer) });
         }
         Ok(choice)
     }
 
-    fn token_out(
-        &mut self,
-        row: Row<'_>,
-        id: u32,
-        sequence: &Sequence,
-        is_prompt: bool,
-    ) -> TokenOut {
-        let n_top = match sequence.sampling.n_logprobs {
-            Some(n) => n.min(MAX_LOGPROBS) as usize,
-            None if is_prompt => 0,
-            None => return TokenOut { id, logprob: None, top: Vec::new() },
-        };
-        let row = LogSoftmax::new(row);
-        TokenOut { id, logprob: Some(row.of(id)), top: row.top(n_top, &mut self.scratch) }
+    /// Decides the open rows by all of their logits.
+    fn look_wider(&mut self, rank: &mut Rank, scheduler: &Scheduler) -> Result<(), Error> {
+        self.fetch.clear();
+        self.fetch.rows.extend(self.open.iter().map(|open| open.row_idx));
+        rank.fetch(&mut self.fetch)?;
+        for nth in 0..self.open.len() {
+            let Open { entry_idx, row_idx, norm, total } = self.open[nth];
+            let sequence = scheduler.scheduled(entry_idx);
+            rank.fetched(nth, &mut self.whole.raw);
+            let vocab = self.whole.raw.len();
+            let of_row = self.ask.iter(vocab).nth(row_idx as usize);
+            let (_, edits, mask) = of_row.expect("an open row was asked about");
+            let chosen = self.whole.choose(rank, edits, mask, sequence, total)?;
+            let token = self.choices[entry_idx].token.as_mut();
+            let token = token.expect("an open row has a place for its token");
+            token.id = chosen.token;
+            token.logprob = norm.map(|norm| norm.logprob(chosen.raw));
+        }
+        self.open.clear();
+        Ok(())
     }
+}
+
+impl Whole {
+    /// The sequence's next token, of all candidates there are if need be.
+    fn choose(
+        &mut self,
+        rank: &Rank,
+        edits: &[Edit],
+        mask: Option<&[u32]>,
+        sequence: &Sequence,
+        total: u64,
+    ) -> Result<Candidate, Error> {
+        let Self { raw, edited, peaks, candidates, scratch } = self;
+        let (sampling, position) = (&sequence.sampling, sequence.tokens.len() as u32);
+        edited.clone_from(raw);
+        edit(edited, 0, edits, mask);
+        peaks.resize(n_peaks(edited.len()), 0.0);
+        peaks_of(rank.isa(), edited, peaks);
+        let row = Row::new(rank.isa(), 0, edited, peaks)?;
+        if sampling.wants_tail() {
+            row.likeliest(sampling.n_head() as usize, raw, candidates, scratch);
+            let head = Head { candidates, is_all: false, total };
+            let at = beyond(&head, sampling, position);
+            let token = row.passing(at, candidates, row.highest(), sampling.scale());
+            let token = token.ok_or(Error::NothingAllowed { position })?;
+            let [logit, raw] = [&*edited, &*raw].map(|row| row[token as usize]);
+            return Ok(Candidate { token, logit, raw });
+        }
+        if sampling.wants_total() {
+            row.reaching(sampling.nucleus(total), sampling.scale(), raw, candidates);
+            let head = Head { candidates, is_all: false, total };
+            if let Some(chosen) = choose(&head, sampling, position) {
+                return Ok(candidates[chosen]);
+            }
+        }
+        // At first as many as the peaks can tell from the rest.
+        let mut n = peaks.len().max(sampling.top_k as usize);
+        loop {
+            row.likeliest(n, raw, candidates, scratch);
+            let head = Head { candidates, is_all: candidates.len() < n, total };
+            if let Some(chosen) = choose(&head, sampling, position) {
+                return Ok(candidates[chosen]);
+            }
+            if head.is_all {
+                return Err(Error::NothingAllowed { position });
+            }
+            n *= WIDER;
+        }
+    }
+}
+
+/// The position that the `i`-th sampled row of an entry speaks of: the row of p, of p + 1.
+fn next_position(entry: &Entry, i: u32) -> u32 {
+    entry.start + entry.n_tokens - entry.n_sampled + i + 1
+}
+
+/// The likeliest alternatives.
+fn top(answer: &Answer) -> Vec<(u32, f32)> {
+    let Some(norm) = answer.norm else { return Vec::new() };
+    answer.raw.iter().map(|likely| (likely.token, norm.logprob(likely.raw))).collect()
 }
 
 /// An entry whose sequence takes the likeliest token and wants to know no more.
@@ -106,5 +320,5 @@ fn likeliest(rank: &Rank, entry: &Entry, row_idx: usize) -> Result<Choice, Error
     }
     let id = rank.likeliest(row_idx)?;
     let token = Some(TokenOut { id, logprob: None, top: Vec::new() });
-    Ok(Choice { token, prompt_tokens: Vec::new() })
+    Ok(Choice { token, ..Choice::default() })
 }

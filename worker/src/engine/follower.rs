@@ -22,7 +22,7 @@ pub fn run(rank: &mut Rank, figures: &Figures) -> Result<(), Error> {
         rank.follow(&mut plan, PLAN_WAIT)?;
         match plan.kind {
             Kind::Run => figures.stepped(0),
-            Kind::Heartbeat => {}
+            Kind::Rows | Kind::Heartbeat => {}
             Kind::Leave => return Ok(()),
         }
     }

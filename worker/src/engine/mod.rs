@@ -3,18 +3,32 @@
 //! The lead (rank 0) knows sequences, KV blocks and steps; a follower does what each plan says. Any
 //! error ends the epoch: it is returned to the session, never repaired here.
 
+pub mod answer;
+pub mod ask;
 pub mod batch;
 mod chooser;
+pub mod fairness;
 pub mod follower;
+pub mod grammar;
 pub mod handle;
 pub mod kv_blocks;
 pub mod lead;
+mod lru;
+mod masks;
+pub mod names;
 pub mod output;
+mod pace;
+mod penalties;
 pub mod probe;
+mod queue;
 pub mod rank;
+pub mod row;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod simulation;
 pub mod step;
 
 pub use handle::{Handle, Outputs, Requests};
@@ -33,11 +47,19 @@ pub enum Error {
     #[error("the lead's step plan does not fit what came before: {0}")]
     Batch(#[from] batch::Error),
     #[error(transparent)]
-    Sampler(#[from] sampler::Error),
+    Row(#[from] row::Error),
+    #[error("the lead's ask is none: {0}")]
+    Ask(#[from] ask::Error),
+    #[error(transparent)]
+    Answer(#[from] answer::Nonsense),
+    #[error("the thread that computes masks {what}")]
+    Masks { what: &'static str },
+    #[error("no token is allowed at position {position} of a sequence")]
+    NothingAllowed { position: u32 },
     #[error("the lead sent {what} {got}; {expected} was due")]
     OutOfStep { what: &'static str, got: u64, expected: u64 },
     #[error("rank {rank} named token {got} of its {rows}")]
     Likeliest { rank: usize, got: u32, rows: usize },
-    #[error("rank {rank} sent {got} logits; {expected} were due")]
+    #[error("rank {rank} sent {got} numbers; {expected} were due")]
     Logits { rank: usize, got: usize, expected: usize },
 }

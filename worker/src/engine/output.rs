@@ -17,6 +17,8 @@ pub struct Event {
     pub token: Option<TokenOut>,
     /// Positions 1.. of the prompt, if asked for; in order, over one or more events.
     pub prompt_tokens: Vec<TokenOut>,
+    /// With the first token: how many tokens of the prompt were in the cache.
+    pub n_cached: u32,
     pub end: Option<End>,
 }
 
@@ -25,6 +27,10 @@ pub struct Event {
 pub enum End {
     Finished(Finish),
     Refused(Refusal),
+    /// Its grammar cannot go on.
+    Failed {
+        reason: String,
+    },
 }
 
 /// A token, and its log-probability if asked for.

@@ -59,7 +59,7 @@ pub fn logits(
 ) -> Result<Vec<Vec<f32>>, Error> {
     assert!(batching.chunk > 0, "a step has at least one token");
     let mut out: Vec<Vec<f32>> = lists.iter().map(|_| Vec::new()).collect();
-    let mut plan = StepPlan::default();
+    let (mut plan, mut fetch) = (StepPlan::default(), StepPlan::default());
     let mut next_block = 0;
     let groups: Vec<Vec<usize>> = match batching.together {
         true => vec![(0..lists.len()).collect()],
@@ -71,7 +71,6 @@ pub fn logits(
         for start in (0..longest).step_by(batching.chunk) {
             plan.clear();
             plan.kind = Kind::Run;
-            plan.whole_logits = true;
             for &list in &group {
                 let end = lists[list].len().min(start + batching.chunk);
                 if start < end {
@@ -80,12 +79,15 @@ pub fn logits(
             }
             assert!(next_block <= lead.limits().n_kv_blocks, "too few KV blocks for the lists");
             lead.lead(&mut plan)?;
-            let mut row_idx = 0;
+            fetch.clear();
+            fetch.rows.extend(0..plan.n_sampled() as u32);
+            lead.fetch(&mut fetch)?;
+            let mut nth = 0;
             for entry in &plan.entries {
                 for _ in 0..entry.n_sampled {
-                    lead.logits(row_idx, &mut row);
+                    lead.fetched(nth, &mut row);
                     out[entry.slot as usize].extend_from_slice(&row);
-                    row_idx += 1;
+                    nth += 1;
                 }
             }
         }

@@ -7,21 +7,27 @@ use std::time::Duration;
 
 use evener_collective::{Collective, Mesh, Tag};
 use evener_kernels::Isa;
-use evener_kernels::peaks::{self, n_peaks, peaks_of};
+use evener_kernels::peaks::{self, n_peaks};
 
 use crate::backend::{Backend, Batch};
 
-use super::Error;
+use super::answer::{Answer, Answers, Highest, Logits, Part};
+use super::ask::{Ask, RowAsk};
 use super::batch::{self, Tables};
-use super::sampler::{self, Row};
-use super::step::{Limits, StepPlan};
+use super::step::{Kind, Limits, StepPlan};
+use super::{Error, row};
 
 /// Rank that leads a group.
 pub const LEAD: usize = 0;
 /// Op number of the plan's broadcast; the backend's start at 1.
 const PLAN_OP: u32 = 0;
-/// Op number of the logits' gather, after all of the backend's.
-const LOGITS_OP: u32 = u32::MAX;
+/// Op numbers of what follows a forward pass, after all of the backend's: the ask, the largest
+/// logits, and what the lead gathers.
+const ASK_OP: u32 = u32::MAX - 2;
+const HIGHEST_OP: u32 = u32::MAX - 1;
+const GATHER_OP: u32 = u32::MAX;
+/// How long a follower waits for an ask: the lead may still be at its masks.
+const ASK_WAIT: Duration = Duration::from_secs(10);
 
 /// One rank of a group, ready to step.
 pub struct Rank {
@@ -36,17 +42,29 @@ pub struct Rank {
     /// Of the last plan.
     step: u64,
     isa: Isa,
-    /// Of the last step's logits, `[S, peaks]`, if they were looked at.
+    /// Of the last step's logits, `[S, peaks]`.
     peaks: Vec<f32>,
-    /// Of the last step that wanted no more: the likeliest of our vocabulary rows. `[S, 2]`, the
-    /// logit and the bits of the row's index.
-    likeliest: Vec<f32>,
-    /// Lead only, by rank but our own: what it sent of the last step, `[S, its vocabulary rows]` or
-    /// as `likeliest`.
-    shards: Vec<Vec<f32>>,
-    /// Lead only: a row of logits put together, and its peaks.
-    row: Vec<f32>,
-    row_peaks: Vec<f32>,
+    /// Of the last step that asked nothing: the likeliest of our vocabulary rows. `[S, 2]`, the
+    /// logit and the bits of the row's index. Else what we answered.
+    mine: Vec<f32>,
+    /// Lead only, by rank but our own: what it sent of the last step, as `mine` or whole rows.
+    theirs: Vec<Vec<f32>>,
+    ask: Asking,
+}
+
+/// What serves asks; kept between steps.
+#[derive(Default)]
+struct Asking {
+    wire: Vec<u8>,
+    /// Follower only.
+    ask: Ask,
+    part: Part,
+    /// By row.
+    highest: Vec<Highest>,
+    highest_wire: Vec<u8>,
+    highest_of_all: Vec<Vec<u8>>,
+    /// Lead only.
+    answers: Answers,
 }
 
 impl Rank {
@@ -63,7 +81,6 @@ impl Rank {
     ) -> Self {
         assert_eq!(vocab.len(), mesh.world_size(), "one vocabulary range a rank");
         let is_lead = mesh.rank() == LEAD;
-        let room = if is_lead { limits.vocab } else { 0 };
         Self {
             tables: Tables::new(&limits),
             batch: batch::with_room(&limits),
@@ -71,10 +88,9 @@ impl Rank {
             step: 0,
             isa: Isa::detect(),
             peaks: Vec::new(),
-            likeliest: Vec::with_capacity(2 * limits.max_sample_rows),
-            shards: vec![Vec::new(); if is_lead { vocab.len() } else { 0 }],
-            row: Vec::with_capacity(room),
-            row_peaks: Vec::with_capacity(n_peaks(room)),
+            mine: Vec::with_capacity(2 * limits.max_sample_rows),
+            theirs: vec![Vec::new(); if is_lead { vocab.len() } else { 0 }],
+            ask: Asking::default(),
             mesh,
             backend,
             limits,
@@ -116,8 +132,14 @@ impl Rank {
 
     fn execute(&mut self, plan: &StepPlan) -> Result<(), Error> {
         self.tables.apply(plan, &mut self.batch)?;
+        if plan.kind == Kind::Rows {
+            return self.gather_rows(&plan.rows);
+        }
         if self.batch.tokens.is_empty() {
             return Ok(());
+        }
+        for copy in &plan.copies {
+            self.backend.copy_block(copy.from, copy.to);
         }
         self.backend.run(&self.batch, &mut self.mesh)?;
         let n_rows = self.batch.sample_rows.len();
@@ -125,26 +147,29 @@ impl Rank {
             return Ok(());
         }
         let columns = self.vocab[self.mesh.rank()].len();
-        let alone = self.vocab.len() == 1;
-        if alone || !plan.whole_logits {
-            self.backend.peaks(columns, &mut self.peaks);
+        self.backend.peaks(columns, &mut self.peaks);
+        if plan.asks {
+            return match self.mesh.rank() {
+                LEAD => Ok(()), // it asks when it knows what
+                _ => self.hear(n_rows),
+            };
         }
-        if !plan.whole_logits {
-            self.find_likeliest(n_rows, columns);
-        }
-        if alone {
+        self.find_likeliest(n_rows, columns);
+        self.gather(|_, _| Some(2 * n_rows))
+    }
+
+    /// Brings what every rank found to the lead. `due`: by rank and its vocabulary rows, how many
+    /// words, if that is known.
+    fn gather(&mut self, due: impl Fn(usize, usize) -> Option<usize>) -> Result<(), Error> {
+        if self.vocab.len() == 1 {
             return Ok(());
         }
-        let tag = Tag { step: self.step, op: LOGITS_OP };
-        let logits = match plan.whole_logits {
-            true => self.backend.logits(),
-            false => &self.likeliest,
-        };
-        self.mesh.gather(tag, LEAD, logits, &mut self.shards)?;
-        for (rank, (shard, vocab)) in self.shards.iter().zip(&self.vocab).enumerate() {
-            let of_row = if plan.whole_logits { vocab.len() } else { 2 };
-            let (got, expected) = (shard.len(), n_rows * of_row);
-            if rank != LEAD && got != expected {
+        let tag = Tag { step: self.step, op: GATHER_OP };
+        self.mesh.gather(tag, LEAD, &self.mine, &mut self.theirs)?;
+        for (rank, (shard, vocab)) in self.theirs.iter().zip(&self.vocab).enumerate() {
+            let got = shard.len();
+            if let Some(expected) = due(rank, vocab.len()).filter(|&due| rank != LEAD && due != got)
+            {
                 return Err(Error::Logits { rank, got, expected });
             }
         }
@@ -152,33 +177,33 @@ impl Rank {
     }
 
     fn find_likeliest(&mut self, n_rows: usize, columns: usize) {
-        self.likeliest.clear();
+        self.mine.clear();
         let (logits, n_peaks) = (self.backend.logits(), n_peaks(columns));
         for row in 0..n_rows {
             let peaks = &self.peaks[row * n_peaks..][..n_peaks];
             let best = peaks::best(self.isa, &logits[row * columns..][..columns], peaks);
             // A rank without vocabulary rows has none; nobody asks it.
             let (token, logit) = best.unwrap_or((0, f32::NEG_INFINITY));
-            self.likeliest.extend([logit, f32::from_bits(token as u32)]);
+            self.mine.extend([logit, f32::from_bits(token as u32)]);
         }
     }
 
     /// Lead: the likeliest token of the last step's `row_idx`-th sampled row, of equals the lowest.
-    /// The step did not want whole logits.
+    /// The step did not ask.
     ///
     /// # Errors
     /// Logits that are no numbers, or a rank that sent nonsense: the epoch is over.
     pub fn likeliest(&self, row_idx: usize) -> Result<u32, Error> {
         let mut best = (0, f32::NEG_INFINITY);
         for (rank, vocab) in self.vocab.iter().enumerate().filter(|(_, vocab)| !vocab.is_empty()) {
-            let answers = if rank == LEAD { &self.likeliest } else { &self.shards[rank] };
+            let answers = self.words(rank);
             let (logit, got) = (answers[2 * row_idx], answers[2 * row_idx + 1].to_bits());
             if got as usize >= vocab.len() {
                 return Err(Error::Likeliest { rank, got, rows: vocab.len() });
             }
             let token = vocab.start + got as usize;
             if !logit.is_finite() {
-                return Err(sampler::Error::NotFinite { token, value: logit }.into());
+                return Err(row::Error::NotFinite { token, value: logit }.into());
             }
             if logit > best.1 {
                 best = (token as u32, logit);
@@ -187,33 +212,131 @@ impl Rank {
         Ok(best.0)
     }
 
-    /// Lead: the last step's `row_idx`-th sampled row. The step wanted whole logits.
+    /// Lead: has all ranks answer about the sampled rows of the last step, which said that it asks.
     ///
     /// # Errors
-    /// Logits that are no numbers: the epoch is over.
-    pub fn row(&mut self, row_idx: usize) -> Result<Row<'_>, Error> {
-        if let [vocab] = self.vocab.as_slice() {
-            let (n, n_peaks) = (vocab.len(), n_peaks(vocab.len()));
-            let logits = &self.backend.logits()[row_idx * n..][..n];
-            let peaks = &self.peaks[row_idx * n_peaks..][..n_peaks];
-            return Ok(Row::new(self.isa, logits, peaks)?);
+    /// The epoch is over.
+    pub fn ask(&mut self, ask: &Ask) -> Result<(), Error> {
+        if self.vocab.len() > 1 {
+            ask.encode(&mut self.ask.wire);
+            let tag = Tag { step: self.step, op: ASK_OP };
+            self.mesh.broadcast(tag, LEAD, &mut self.ask.wire, Duration::ZERO)?;
         }
-        let mut row = std::mem::take(&mut self.row);
-        self.logits(row_idx, &mut row);
-        self.row = row;
-        self.row_peaks.resize(n_peaks(self.row.len()), 0.0);
-        peaks_of(self.isa, &self.row, &mut self.row_peaks);
-        Ok(Row::new(self.isa, &self.row, &self.row_peaks)?)
+        self.answer(ask)?;
+        self.ask.answers.begin(self.vocab.len());
+        Ok(())
     }
 
-    /// Lead: replaces `out` by the logits of the last step's `row_idx`-th sampled row. The step
-    /// wanted whole logits. `[vocab]`
-    pub fn logits(&self, row_idx: usize, out: &mut Vec<f32>) {
+    /// Follower: waits for the ask and answers it.
+    fn hear(&mut self, n_rows: usize) -> Result<(), Error> {
+        let tag = Tag { step: self.step, op: ASK_OP };
+        self.mesh.broadcast(tag, LEAD, &mut self.ask.wire, ASK_WAIT)?;
+        let mut ask = std::mem::take(&mut self.ask.ask);
+        ask.decode(&self.ask.wire, n_rows, &self.limits)?;
+        self.answer(&ask)?;
+        self.ask.ask = ask;
+        Ok(())
+    }
+
+    fn answer(&mut self, ask: &Ask) -> Result<(), Error> {
+        let Asking { part, highest, .. } = &mut self.ask;
+        let own = &self.vocab[self.mesh.rank()];
+        let logits = Logits::new(self.isa, own, self.backend.logits(), &self.peaks);
+        part.prepare(&logits, ask, self.limits.vocab, highest)?;
+        if self.vocab.len() > 1 && ask.wants_totals() {
+            self.agree_on_highest()?;
+        }
+        let Asking { part, highest, .. } = &mut self.ask;
+        let own = &self.vocab[self.mesh.rank()];
+        let logits = Logits::new(self.isa, own, self.backend.logits(), &self.peaks);
+        part.report(&logits, ask, highest, &mut self.mine)?;
+        self.gather(|_, _| None)
+    }
+
+    /// Masses of all ranks are to be beside the same logit.
+    fn agree_on_highest(&mut self) -> Result<(), Error> {
+        let Asking { highest, highest_wire, highest_of_all, .. } = &mut self.ask;
+        highest_wire.clear();
+        for Highest { edited, raw } in &*highest {
+            highest_wire.extend(edited.to_le_bytes());
+            highest_wire.extend(raw.to_le_bytes());
+        }
+        let tag = Tag { step: self.step, op: HIGHEST_OP };
+        self.mesh.all_gather(tag, highest_wire, highest_of_all)?;
+        for (rank, theirs) in highest_of_all.iter().enumerate() {
+            if theirs.len() != highest_wire.len() {
+                let (got, expected) = (theirs.len() / 4, highest_wire.len() / 4);
+                return Err(Error::Logits { rank, got, expected });
+            }
+            let (words, _) = theirs.as_chunks::<4>();
+            for (highest, two) in highest.iter_mut().zip(words.chunks_exact(2)) {
+                let [edited, raw] = [two[0], two[1]].map(f32::from_le_bytes);
+                highest.raise(Highest { edited, raw });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lead: what all ranks answered about the next row of the ask, `row_idx`.
+    ///
+    /// # Errors
+    /// A rank that sent nonsense: the epoch is over.
+    pub fn take_answer(
+        &mut self,
+        row_idx: usize,
+        asked: &RowAsk,
+        out: &mut Answer,
+    ) -> Result<(), Error> {
+        let highest = self.ask.highest[row_idx];
+        let words = |rank| match rank {
+            LEAD => self.mine.as_slice(),
+            _ => self.theirs[rank].as_slice(),
+        };
+        Ok(self.ask.answers.take(asked, highest, &self.vocab, words, out)?)
+    }
+
+    /// What a rank sent last.
+    fn words(&self, rank: usize) -> &[f32] {
+        if rank == LEAD { &self.mine } else { &self.theirs[rank] }
+    }
+
+    /// Lead: has whole sampled rows of the last step that ran brought here; `rows` of an otherwise
+    /// empty plan says which. What was answered is forgotten.
+    ///
+    /// # Errors
+    /// The epoch is over.
+    pub fn fetch(&mut self, plan: &mut StepPlan) -> Result<(), Error> {
+        plan.kind = Kind::Rows;
+        match self.vocab.len() {
+            1 => self.gather_rows(&plan.rows),
+            _ => self.lead(plan),
+        }
+    }
+
+    fn gather_rows(&mut self, rows: &[u32]) -> Result<(), Error> {
+        let columns = self.vocab[self.mesh.rank()].len();
+        let logits = self.backend.logits();
+        self.mine.clear();
+        for &row_idx in rows {
+            let Some(row) = logits.get(row_idx as usize * columns..).filter(|_| columns > 0) else {
+                continue;
+            };
+            self.mine.extend_from_slice(row.get(..columns).unwrap_or(&[]));
+        }
+        self.gather(|_, n| Some(n * rows.len()))
+    }
+
+    /// Lead: replaces `out` by the logits of the `nth` row that was fetched. `[vocab]`
+    pub fn fetched(&self, nth: usize, out: &mut Vec<f32>) {
         out.clear();
         for (rank, vocab) in self.vocab.iter().enumerate() {
-            let shard = if rank == LEAD { self.backend.logits() } else { &self.shards[rank] };
-            out.extend_from_slice(&shard[row_idx * vocab.len()..][..vocab.len()]);
+            out.extend_from_slice(&self.words(rank)[nth * vocab.len()..][..vocab.len()]);
         }
+    }
+
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     #[must_use]

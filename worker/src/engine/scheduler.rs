@@ -1,23 +1,53 @@
 //! Who takes part in the next step: iteration-level batching (Yu et al. 2022, Orca, section 3.1)
-//! over paged KV blocks (Kwon et al. 2023, PagedAttention, section 4). Pure: no clock, no I/O.
+//! over paged KV blocks (Kwon et al. 2023, PagedAttention, section 4) with chunked prefill (Agrawal
+//! et al. 2024, Sarathi-Serve). Pure: no clock, no I/O. Only the lead rank has one.
 //!
-//! Each step gives every decoding sequence its token and the rest of one token budget to prefill,
-//! first come first served. A sequence is admitted once all blocks it may ever need can be promised
-//! to it, so that nothing has to be preempted. Only the lead rank has a scheduler.
+//! The running stand in order of rank: priority, then admission. Each step goes through them in
+//! that order; every decoding sequence gets its token, and prefill gets what is left of one token
+//! budget, but no more than the caller allows beside decodes (`pace`). Blocks are taken as they are
+//! needed. When there are none, the last in rank is preempted: its blocks go, its tokens stay, and
+//! it is admitted again before its equals and computes them anew. So the first in rank always gets
+//! on, and as each fits alone, everyone ends. The waiting are admitted (`queue` says whose turn it
+//! is) while there are slots, and blocks for what is known of all running and one more each.
+//!
+//! A prompt whose beginning is in the cache (`kv_blocks`) starts behind it. If another sequence is
+//! just computing a block that this one needs too, it waits for it; and of a block that a running
+//! one has begun in the same way it gets a copy to write on. So the choices of one request compute
+//! their prompt once.
 
-use std::collections::VecDeque;
-
+use super::fairness::Fairness;
 use super::kv_blocks::{KvBlocks, blocks_for};
+use super::names::Name;
+use super::queue::Queue;
 use super::sequence::{Finish, Sequence, SequenceId, Spec};
-use super::step::{Entry, Kind, Limits, StepPlan};
+use super::step::{Copy, Entry, Kind, Limits, StepPlan};
+use crate::backend::KV_BLOCK_LEN;
+
+/// Priorities go from minus this to this.
+pub const MAX_PRIORITY: i32 = 100;
+
+/// Tokens that are worth the copy of a block.
+const MIN_COPIED: usize = 4;
 
 /// What bounds a lead.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     /// What a plan may hold; `n_slots` is how many sequences run at once.
     pub limits: Limits,
     /// Sequences that wait for a slot and blocks.
     pub max_waiting: usize,
+    /// A step with decodes may last this many times as long as without prefill; more than 1.
+    pub max_stretch: f64,
+    /// Fingerprint of the model: blocks of another are never found.
+    pub model: String,
+}
+
+impl Options {
+    /// The defaults.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, max_waiting: 256, max_stretch: 2.0, model: String::new() }
+    }
 }
 
 /// Why a sequence was not taken in.
@@ -40,6 +70,8 @@ pub enum Refusal {
     TooFewBlocks { prompt: usize, max_tokens: u32, needed: usize, total: u32 },
     #[error("token id {token} is outside the vocabulary of {vocab}")]
     BadToken { token: u32, vocab: usize },
+    #[error("priority {priority} is not from -{MAX_PRIORITY} to {MAX_PRIORITY}")]
+    BadPriority { priority: i32 },
     #[error("{waiting} sequences are waiting already; try again later")]
     Overloaded { waiting: usize },
 }
@@ -49,25 +81,19 @@ pub enum Refusal {
 pub struct Scheduler {
     options: Options,
     kv: KvBlocks,
-    waiting: VecDeque<Sequence>,
-    /// In order of admission.
-    running: Vec<Running>,
+    waiting: Queue,
+    fairness: Fairness,
+    /// By slot: the running.
+    slots: Vec<Option<Sequence>>,
+    /// Slots of the running, in order of rank.
+    order: Vec<u32>,
     free_slots: Vec<u32>,
     /// Freed since the last plan; the next one says so.
     freed_slots: Vec<u32>,
-    /// By entry of the plan in flight: index into `running`.
-    in_flight: Vec<usize>,
-    /// Of a commit: those of `running` that ended. Kept for its memory, as is `slots`.
-    finished: Vec<usize>,
-    /// Of `check_integrity`.
-    slots: Vec<u32>,
+    /// By entry of the plan in flight.
+    in_flight: Vec<u32>,
     next_id: u64,
-}
-
-#[derive(Debug)]
-struct Running {
-    slot: u32,
-    sequence: Sequence,
+    n_preemptions: u64,
 }
 
 /// What a step meant for one sequence.
@@ -76,6 +102,12 @@ pub struct Committed {
     pub id: SequenceId,
     pub token: u32,
     pub finish: Option<Finish>,
+}
+
+/// What is left of a step for prefill.
+struct Room {
+    tokens: usize,
+    rows: usize,
 }
 
 impl Scheduler {
@@ -89,14 +121,15 @@ impl Scheduler {
         assert!(max_sample_rows >= n_slots, "a step samples a row of every running sequence");
         Self {
             kv: KvBlocks::new(n_kv_blocks),
-            waiting: VecDeque::with_capacity(options.max_waiting),
-            running: Vec::with_capacity(n_slots),
+            waiting: Queue::default(),
+            fairness: Fairness::default(),
+            slots: (0..n_slots).map(|_| None).collect(),
+            order: Vec::with_capacity(n_slots),
             free_slots: (0..n_slots as u32).rev().collect(),
             freed_slots: Vec::with_capacity(n_slots),
             in_flight: Vec::with_capacity(n_slots),
-            finished: Vec::with_capacity(n_slots),
-            slots: Vec::with_capacity(n_slots),
             next_id: 0,
+            n_preemptions: 0,
             options,
         }
     }
@@ -112,7 +145,9 @@ impl Scheduler {
         }
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        self.waiting.push_back(Sequence::new(id, spec));
+        let root = Name::root(&self.options.model, "", &spec.origin.salt);
+        let account = self.fairness.enter(&spec.origin.user);
+        self.waiting.push(Sequence::new(id, spec, root, account));
         Ok(id)
     }
 
@@ -128,13 +163,20 @@ impl Scheduler {
         if prompt + max_tokens as usize > max_context {
             return Err(Refusal::TooLong { prompt, max_tokens, max_context });
         }
-        if let Some(&token) = spec.prompt.iter().find(|&&token| token as usize >= vocab) {
+        let sampling = &spec.sampling;
+        let biased = sampling.logit_bias.iter().map(|(token, _)| token);
+        let mut named = spec.prompt.iter().chain(&sampling.stop_token_ids).chain(biased);
+        if let Some(&token) = named.find(|&&token| token as usize >= vocab) {
             return Err(Refusal::BadToken { token, vocab });
         }
         let needed = blocks_for(prompt + max_tokens as usize - 1);
         let total = self.kv.n_total();
         if needed > total as usize {
             return Err(Refusal::TooFewBlocks { prompt, max_tokens, needed, total });
+        }
+        let priority = spec.origin.priority;
+        if !(-MAX_PRIORITY..=MAX_PRIORITY).contains(&priority) {
+            return Err(Refusal::BadPriority { priority });
         }
         Ok(())
     }
@@ -143,151 +185,279 @@ impl Scheduler {
     /// flight.
     pub fn cancel(&mut self, id: SequenceId) -> bool {
         assert!(self.in_flight.is_empty(), "a cancel waits for the end of the step");
-        if let Some(at) = self.waiting.iter().position(|sequence| sequence.id == id) {
-            self.waiting.remove(at);
+        if let Some(sequence) = self.waiting.remove(id) {
+            self.fairness.leave(sequence.account);
             return true;
         }
-        let at = self.running.iter().position(|running| running.sequence.id == id);
-        if let Some(at) = at {
-            self.retire(at);
-        }
-        at.is_some()
+        let is_it = |&&slot: &&u32| self.at(slot).id == id;
+        let Some(&slot) = self.order.iter().find(is_it) else { return false };
+        let sequence = self.vacate(slot);
+        self.fairness.leave(sequence.account);
+        true
     }
 
     /// Plans the next step into `plan`; false, and an empty plan, if there is nothing to run. After
-    /// true `commit` must follow.
-    pub fn schedule(&mut self, plan: &mut StepPlan) -> bool {
+    /// true `commit` must follow. `max_prefill`: tokens of prefill beside decodes, at least 1.
+    pub fn schedule(&mut self, plan: &mut StepPlan, max_prefill: usize) -> bool {
         assert!(self.in_flight.is_empty(), "the last step was not committed");
         plan.clear();
-        plan.freed_slots.append(&mut self.freed_slots);
+        // What decodes need is set aside: whatever prefill comes before them leaves it to them.
+        let n_decoding = self.n_decoding();
+        let Limits { max_batch_tokens, max_sample_rows, .. } = self.options.limits;
+        let most = if n_decoding > 0 { max_prefill.max(1) } else { usize::MAX };
         let mut room = Room {
-            tokens: self.options.limits.max_batch_tokens,
-            rows: self.options.limits.max_sample_rows,
+            tokens: most.min(max_batch_tokens - n_decoding),
+            rows: max_sample_rows - n_decoding,
         };
-        // Decodes first: prefill, however much there is, only gets what they leave.
-        for at in 0..self.running.len() {
-            if self.running[at].sequence.is_decoding() {
-                self.put(at, 1, &mut room, plan);
+        let n_preemptions = self.n_preemptions;
+        let mut rank = 0;
+        while rank < self.order.len() {
+            let slot = self.order[rank];
+            if self.at(slot).is_decoding() {
+                if self.make_blocks(slot, 1) == 1 {
+                    self.put(slot, 1, plan);
+                }
+            } else {
+                self.prefill(rank, &mut room, plan);
             }
+            rank += 1;
         }
-        for at in 0..self.running.len() {
-            if !self.running[at].sequence.is_decoding() {
-                self.prefill(at, &mut room, plan);
-            }
-        }
-        while room.tokens > 0 && room.rows > 0 && self.admit() {
-            self.prefill(self.running.len() - 1, &mut room, plan);
+        // What was just preempted is not admitted in the same breath.
+        let may_admit = self.n_preemptions == n_preemptions;
+        while may_admit && room.tokens > 0 && room.rows > 0 {
+            let Some(rank) = self.admit() else { break };
+            self.prefill(rank, &mut room, plan);
         }
         if plan.entries.is_empty() {
-            self.freed_slots.append(&mut plan.freed_slots);
             return false;
         }
+        plan.freed_slots.append(&mut self.freed_slots);
         plan.kind = Kind::Run;
         true
     }
 
-    /// Moves the head of the queue to the running, if a slot and all its blocks are there.
-    fn admit(&mut self) -> bool {
-        let (Some(sequence), Some(&slot)) = (self.waiting.front_mut(), self.free_slots.last())
-        else {
-            return false;
-        };
-        let n_blocks = blocks_for(sequence.max_positions());
-        if !self.kv.reserve(&mut sequence.blocks, n_blocks) {
-            return false;
+    /// Moves whose turn it is from the waiting to the running, if a slot and blocks are there.
+    /// Returns its rank.
+    fn admit(&mut self) -> Option<usize> {
+        let &slot = self.free_slots.last()?;
+        let at = self.waiting.next(&self.fairness)?;
+        let sequence = self.waiting.get(at);
+        let max_blocks = sequence.first_wanted() / KV_BLOCK_LEN;
+        let found = self.kv.find(&sequence.chain, &sequence.tokens, max_blocks);
+        let needed = blocks_for(sequence.tokens.len()) - found.n_blocks;
+        let promised: usize = self.running().map(still_needed).sum();
+        if needed + found.n_cached + promised > self.kv.n_available() as usize
+            && !self.order.is_empty()
+        {
+            return None;
         }
+        let mut sequence = self.waiting.take(at);
+        sequence.reserve();
+        let priority = sequence.priority;
+        let rank = self.order.partition_point(|&other| self.at(other).priority <= priority);
         self.free_slots.pop();
-        let mut sequence = self.waiting.pop_front().expect("it was looked at");
-        sequence.tokens.reserve_exact(sequence.max_tokens);
-        self.running.push(Running { slot, sequence });
-        true
+        self.order.insert(rank, slot);
+        self.slots[slot as usize] = Some(sequence);
+        Some(rank)
     }
 
-    /// The next piece of a prompt, as large as there is room for.
-    fn prefill(&mut self, at: usize, room: &mut Room, plan: &mut StepPlan) {
-        let sequence = &self.running[at].sequence;
-        let n_pending = sequence.n_pending();
-        let mut n_tokens = n_pending.min(room.tokens);
-        if sequence.prompt_logprobs {
-            n_tokens = n_tokens.min(room.rows);
-        } else if n_tokens == n_pending && room.rows == 0 {
-            n_tokens -= 1; // its last row would have to be sampled
+    /// The next piece of a prompt, as large as there is room for, behind what others computed.
+    fn prefill(&mut self, rank: usize, room: &mut Room, plan: &mut StepPlan) {
+        let slot = self.order[rank];
+        self.adopt(slot);
+        if room.tokens == 0 || self.is_being_computed(rank) {
+            return;
         }
+        if room.rows > 0 {
+            self.copy_tail(slot, plan);
+        }
+        let sequence = self.at(slot);
+        let n_unsampled = sequence.first_wanted() - sequence.n_computed;
+        let n_tokens = sequence.n_pending().min(room.tokens).min(n_unsampled + room.rows);
+        let n_tokens = self.make_blocks(slot, n_tokens);
         if n_tokens > 0 {
-            self.put(at, n_tokens, room, plan);
+            room.tokens -= n_tokens;
+            room.rows -= self.put(slot, n_tokens, plan);
         }
     }
 
-    /// Adds the next `n_tokens` of a running sequence to the plan.
-    fn put(&mut self, at: usize, n_tokens: usize, room: &mut Room, plan: &mut StepPlan) {
-        let Running { slot, sequence } = &mut self.running[at];
-        let (start, end) = (sequence.n_computed, sequence.n_computed + n_tokens);
-        let n_blocks = blocks_for(end) - sequence.blocks.blocks().len();
-        for _ in 0..n_blocks {
-            plan.blocks.push(self.kv.append(&mut sequence.blocks));
+    /// Takes over the blocks that continue a sequence and are in the cache by now.
+    fn adopt(&mut self, slot: u32) {
+        let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+        if sequence.n_computed < sequence.blocks.capacity() {
+            return; // it is within a block
         }
-        plan.tokens.extend_from_slice(&sequence.tokens[start..end]);
-        let n_sampled = match sequence.prompt_logprobs && !sequence.is_decoding() {
-            true => n_tokens,
-            false => usize::from(end == sequence.tokens.len()),
+        let max_blocks = sequence.first_wanted() / KV_BLOCK_LEN;
+        let Sequence { blocks, chain, tokens, .. } = &mut *sequence;
+        if self.kv.adopt(blocks, chain, tokens, max_blocks) > 0 {
+            sequence.spare(sequence.blocks.capacity());
+        }
+    }
+
+    /// Copies the block that a sequence comes to, if a running one has begun it in the same way.
+    fn copy_tail(&mut self, slot: u32, plan: &mut StepPlan) {
+        let Some((from, n_tokens)) = self.tail_of_another(slot) else { return };
+        if self.make_blocks(slot, n_tokens) < n_tokens {
+            return;
+        }
+        let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+        let &to = sequence.blocks.blocks().last().expect("it was just made");
+        plan.copies.push(Copy { from, to });
+        sequence.spare(sequence.n_computed + n_tokens);
+    }
+
+    /// A block that holds the next tokens of a sequence, behind the same beginning, and how many of
+    /// them: not all of a block, so that it has something to add in this very step.
+    fn tail_of_another(&self, slot: u32) -> Option<(u32, usize)> {
+        let sequence = self.at(slot);
+        let start = sequence.n_computed;
+        if start < sequence.blocks.capacity() {
+            return None;
+        }
+        let block_idx = start / KV_BLOCK_LEN;
+        let end = sequence.first_wanted().min(start + KV_BLOCK_LEN - 1);
+        let wanted = &sequence.tokens[start..end];
+        let tail = |other: &Sequence| {
+            let computed = other.tokens[..other.n_computed].get(start..)?;
+            let n = wanted.iter().zip(computed).take_while(|(one, other)| one == other).count();
+            let is_same = || other.chain.before(block_idx) == sequence.chain.before(block_idx);
+            (n >= MIN_COPIED && is_same()).then(|| (other.blocks.blocks()[block_idx], n))
         };
-        plan.whole_logits |= n_sampled > 0 && sequence.wants_logits();
-        room.tokens -= n_tokens;
-        room.rows -= n_sampled;
+        self.running().filter_map(tail).max_by_key(|&(_, n)| n)
+    }
+
+    /// Whether one before it in rank is computing the block that it would begin with, and will
+    /// share it.
+    fn is_being_computed(&self, rank: usize) -> bool {
+        let sequence = self.at(self.order[rank]);
+        let (block_idx, offset) =
+            (sequence.n_computed / KV_BLOCK_LEN, sequence.n_computed % KV_BLOCK_LEN);
+        let end = (block_idx + 1) * KV_BLOCK_LEN;
+        if offset > 0 || end > sequence.first_wanted() || !sequence.blocks.is_on_path() {
+            return false;
+        }
+        let name = sequence.chain.get(block_idx);
+        self.order[..rank].iter().map(|&slot| self.at(slot)).any(|other| {
+            let has_begun = other.n_planned > block_idx * KV_BLOCK_LEN;
+            has_begun && other.blocks.is_on_path() && other.chain.get(block_idx) == name
+        })
+    }
+
+    /// Gives a running sequence blocks for its next `n_tokens`, at the cost of those behind it in
+    /// rank if need be. Returns for how many tokens there are blocks.
+    fn make_blocks(&mut self, slot: u32, n_tokens: usize) -> usize {
+        loop {
+            let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+            let n_there = sequence.blocks.capacity() - sequence.n_computed;
+            if n_there >= n_tokens {
+                return n_tokens;
+            }
+            if self.kv.append(&mut sequence.blocks) {
+                continue;
+            }
+            let &last = self.order.last().expect("this one runs");
+            if last == slot {
+                return n_there; // it keeps what it has until someone before it needs that
+            }
+            assert!(!self.in_flight.contains(&last), "what is planned stays");
+            self.preempt(last);
+        }
+    }
+
+    fn preempt(&mut self, slot: u32) {
+        let mut sequence = self.vacate(slot);
+        sequence.forget_computed();
+        self.waiting.push(sequence);
+        self.n_preemptions += 1;
+    }
+
+    /// Adds the next `n_tokens` of a running sequence to the plan; returns how many rows are
+    /// sampled.
+    fn put(&mut self, slot: u32, n_tokens: usize, plan: &mut StepPlan) -> usize {
+        let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+        let (start, end) = (sequence.n_computed, sequence.n_computed + n_tokens);
+        let new_blocks = &sequence.blocks.blocks()[sequence.n_told..];
+        let n_sampled = end.saturating_sub(sequence.first_wanted());
         plan.entries.push(Entry {
-            slot: *slot,
+            slot,
             start: start as u32,
             n_tokens: n_tokens as u32,
-            n_blocks: n_blocks as u32,
+            n_blocks: new_blocks.len() as u32,
             n_sampled: n_sampled as u32,
         });
-        self.in_flight.push(at);
+        plan.blocks.extend_from_slice(new_blocks);
+        plan.tokens.extend_from_slice(&sequence.tokens[start..end]);
+        plan.asks |= n_sampled > 0 && sequence.asks();
+        sequence.n_told = sequence.blocks.blocks().len();
+        sequence.n_planned = end;
+        self.in_flight.push(slot);
+        n_sampled
     }
 
     /// The sequence of an entry of the plan in flight.
     #[must_use]
     pub fn scheduled(&self, entry_idx: usize) -> &Sequence {
-        &self.running[self.in_flight[entry_idx]].sequence
+        self.at(self.in_flight[entry_idx])
     }
 
     /// Ends the step in flight. `tokens`: by entry, the next token of its sequence if the step
     /// reached it. Appends to `out` what was generated, in the order of the plan.
     pub fn commit(&mut self, plan: &StepPlan, tokens: &[Option<u32>], out: &mut Vec<Committed>) {
         assert_eq!(tokens.len(), plan.entries.len(), "one answer for each entry");
-        let scheduled = std::mem::take(&mut self.in_flight);
-        for ((entry, &at), &token) in plan.entries.iter().zip(&scheduled).zip(tokens) {
-            let sequence = &mut self.running[at].sequence;
-            sequence.n_computed += entry.n_tokens as usize;
+        self.in_flight.clear();
+        for (entry, &token) in plan.entries.iter().zip(tokens) {
+            let sequence = self.slots[entry.slot as usize].as_mut().expect("a running sequence");
+            let end = sequence.n_planned;
+            sequence.n_computed = end;
+            if entry.n_sampled > 0 {
+                sequence.n_sampled = end;
+            }
+            let n_new = end.saturating_sub(sequence.n_ever);
+            sequence.n_ever = sequence.n_ever.max(end);
+            self.fairness.charge(sequence.account, n_new + usize::from(token.is_some()));
+            let Sequence { blocks, chain, tokens: known, .. } = &mut *sequence;
+            self.kv.name_full(blocks, chain, known, end);
             assert_eq!(token.is_some(), sequence.n_pending() == 0, "a token follows the last one");
             let Some(token) = token else { continue };
             let finish = sequence.push(token);
             out.push(Committed { id: sequence.id, token, finish });
             if finish.is_some() {
-                self.finished.push(at);
+                let sequence = self.vacate(entry.slot);
+                self.fairness.leave(sequence.account);
             }
         }
-        self.finished.sort_unstable();
-        while let Some(at) = self.finished.pop() {
-            self.retire(at);
-        }
-        self.in_flight = scheduled;
-        self.in_flight.clear();
         if cfg!(debug_assertions) {
             self.check_integrity();
         }
     }
 
     /// The one way out of the running: blocks and slot are free again.
-    fn retire(&mut self, at: usize) {
-        let Running { slot, mut sequence } = self.running.remove(at);
+    fn vacate(&mut self, slot: u32) -> Sequence {
+        let mut sequence = self.slots[slot as usize].take().expect("a running sequence");
         self.kv.release(&mut sequence.blocks);
+        self.order.retain(|&other| other != slot);
         self.free_slots.push(slot);
         self.freed_slots.push(slot);
+        sequence
+    }
+
+    fn at(&self, slot: u32) -> &Sequence {
+        self.slots[slot as usize].as_ref().expect("a running sequence")
+    }
+
+    /// In order of rank.
+    fn running(&self) -> impl Iterator<Item = &Sequence> {
+        self.order.iter().map(|&slot| self.at(slot))
+    }
+
+    #[must_use]
+    pub fn n_decoding(&self) -> usize {
+        self.running().filter(|sequence| sequence.is_decoding()).count()
     }
 
     #[must_use]
     pub fn n_running(&self) -> usize {
-        self.running.len()
+        self.order.len()
     }
 
     #[must_use]
@@ -296,8 +466,13 @@ impl Scheduler {
     }
 
     #[must_use]
+    pub fn n_preemptions(&self) -> u64 {
+        self.n_preemptions
+    }
+
+    #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.order.is_empty() && self.waiting.is_empty()
     }
 
     #[must_use]
@@ -305,204 +480,39 @@ impl Scheduler {
         &self.kv
     }
 
-    /// free + used = all, for blocks and for slots.
+    /// Every block, slot, user and place in the order is accounted for.
     ///
     /// # Panics
-    /// It does not hold: a bug.
+    /// One is not: a bug.
     pub fn check_integrity(&mut self) {
-        self.kv.check_integrity(self.running.iter().map(|running| &running.sequence.blocks));
-        let slots = &mut self.slots;
-        slots.clear();
-        slots.extend(self.running.iter().map(|running| running.slot));
-        slots.extend(&self.free_slots);
-        slots.sort_unstable();
-        assert!(slots.iter().copied().eq(0..self.options.limits.n_slots as u32), "slots");
-        for Running { sequence, .. } in &self.running {
-            let n_blocks = sequence.blocks.blocks().len();
-            assert_eq!(n_blocks, blocks_for(sequence.n_computed), "blocks of {:?}", sequence.id);
+        let running = self.slots.iter().flatten();
+        self.kv.check_integrity(running.clone().map(|sequence| &sequence.blocks));
+        for sequence in running {
+            let capacity = sequence.blocks.capacity();
+            assert!(sequence.n_computed <= capacity, "{:?} has no blocks", sequence.id);
+            assert!(sequence.n_computed < sequence.tokens.len(), "{:?} ended", sequence.id);
+            assert!(sequence.n_told <= sequence.blocks.blocks().len(), "{:?}", sequence.id);
         }
+        for sequence in self.waiting.iter() {
+            assert_eq!((sequence.n_computed, sequence.blocks.capacity()), (0, 0), "waiting");
+        }
+        for (slot, sequence) in (0..).zip(&self.slots) {
+            let n_free = self.free_slots.iter().filter(|&&free| free == slot).count();
+            let n_used = self.order.iter().filter(|&&used| used == slot).count();
+            let expect = if sequence.is_some() { (0, 1) } else { (1, 0) };
+            assert_eq!((n_free, n_used), expect, "slot {slot}");
+        }
+        assert!(self.running().is_sorted_by_key(|sequence| sequence.priority), "order of rank");
+        assert!(self.fairness.n_users() <= self.n_running() + self.n_waiting(), "users");
     }
 }
 
-/// What is left of a step.
-struct Room {
-    tokens: usize,
-    rows: usize,
+/// Blocks that a running sequence has yet to take for its known tokens and one more block.
+fn still_needed(sequence: &Sequence) -> usize {
+    blocks_for(sequence.tokens.len()) + 1 - sequence.blocks.blocks().len()
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use crate::backend::Batch;
-    use crate::engine::batch::Tables;
-    use crate::engine::sampler::Sampling;
-    use rand::rngs::StdRng;
-    use rand::{Rng, SeedableRng};
-    use std::collections::HashMap;
-
-    fn options(n_kv_blocks: u32) -> Options {
-        let limits = Limits {
-            n_slots: 4,
-            max_batch_tokens: 32,
-            max_sample_rows: 6,
-            max_context: 200,
-            n_kv_blocks,
-            vocab: 1000,
-        };
-        Options { limits, max_waiting: 5 }
-    }
-
-    fn spec(prompt_len: usize, max_tokens: u32) -> Spec {
-        let prompt = (0..prompt_len as u32).collect();
-        Spec { prompt, max_tokens, sampling: Sampling::default(), prompt_logprobs: false }
-    }
-
-    /// (slot, start, tokens, sampled)
-    type Brief = (u32, u32, u32, u32);
-
-    /// One step in which every sampled token is 7.
-    fn step(scheduler: &mut Scheduler) -> (Vec<Brief>, Vec<Committed>) {
-        let (mut plan, mut out) = (StepPlan::default(), Vec::new());
-        if scheduler.schedule(&mut plan) {
-            let tokens: Vec<_> = (0..plan.entries.len())
-                .map(|at| {
-                    let end = plan.entries[at].start + plan.entries[at].n_tokens;
-                    (end as usize == scheduler.scheduled(at).tokens.len()).then_some(7)
-                })
-                .collect();
-            scheduler.commit(&plan, &tokens, &mut out);
-        }
-        let entry = |e: &Entry| (e.slot, e.start, e.n_tokens, e.n_sampled);
-        (plan.entries.iter().map(entry).collect(), out)
-    }
-
-    #[test]
-    fn decodes_come_first_and_prefill_gets_the_rest() {
-        let mut scheduler = Scheduler::new(options(64));
-        scheduler.submit(spec(3, 9)).unwrap();
-        assert_eq!(step(&mut scheduler).0, [(0, 0, 3, 1)]);
-        scheduler.submit(spec(100, 1)).unwrap();
-        scheduler.submit(spec(2, 2)).unwrap();
-        assert_eq!(step(&mut scheduler).0, [(0, 3, 1, 1), (1, 0, 31, 0)]);
-        assert_eq!(step(&mut scheduler).0, [(0, 4, 1, 1), (1, 31, 31, 0)]);
-        assert_eq!(step(&mut scheduler).0, [(0, 5, 1, 1), (1, 62, 31, 0)]);
-        let (entries, committed) = step(&mut scheduler);
-        assert_eq!(entries, [(0, 6, 1, 1), (1, 93, 7, 1), (2, 0, 2, 1)]);
-        let finish = committed.iter().map(|c| c.finish).collect::<Vec<_>>();
-        assert_eq!(finish, [None, Some(Finish::Length), None]);
-    }
-
-    #[test]
-    fn a_sequence_waits_until_all_its_blocks_are_there() {
-        let mut scheduler = Scheduler::new(options(4));
-        scheduler.submit(spec(1, 48)).unwrap(); // three blocks
-        let second = scheduler.submit(spec(17, 1)).unwrap(); // two
-        scheduler.submit(spec(1, 1)).unwrap(); // one, but it came later
-        assert_eq!(step(&mut scheduler).0.len(), 1);
-        assert_eq!((scheduler.n_running(), scheduler.n_waiting()), (1, 2));
-        assert!(scheduler.cancel(second));
-        assert_eq!(step(&mut scheduler).0.len(), 2);
-    }
-
-    #[test]
-    fn prompt_logprobs_sample_every_row_within_bounds() {
-        let mut scheduler = Scheduler::new(options(64));
-        scheduler.submit(Spec { prompt_logprobs: true, ..spec(15, 3) }).unwrap();
-        scheduler.submit(spec(40, 3)).unwrap();
-        assert_eq!(step(&mut scheduler).0, [(0, 0, 6, 6)]);
-        assert_eq!(step(&mut scheduler).0, [(0, 6, 6, 6)]);
-        assert_eq!(step(&mut scheduler).0, [(0, 12, 3, 3), (1, 0, 29, 0)]);
-        assert_eq!(step(&mut scheduler).0, [(0, 15, 1, 1), (1, 29, 11, 1)]);
-    }
-
-    #[test]
-    fn what_can_never_run_is_refused_and_a_full_queue_says_so() {
-        let check = |spec: Spec, expect: &str| {
-            let error = Scheduler::new(options(8)).submit(spec).unwrap_err().to_string();
-            assert!(error.contains(expect), "{error}");
-        };
-        check(spec(0, 1), "empty");
-        check(spec(1, 0), "max_tokens is 0");
-        check(spec(100, 101), "context of 200 tokens");
-        check(spec(100, u32::MAX), "context of 200 tokens");
-        check(spec(100, 100), "need 13 KV blocks; this group has 8");
-        check(Spec { prompt: vec![1, 1000], ..spec(1, 1) }, "token id 1000");
-        let mut scheduler = Scheduler::new(options(64));
-        for _ in 0..5 {
-            scheduler.submit(spec(1, 1)).unwrap();
-        }
-        let refused = scheduler.submit(spec(1, 1));
-        assert_eq!(refused, Err(Refusal::Overloaded { waiting: 5 }));
-    }
-
-    #[test]
-    fn ids_that_are_gone_cancel_nothing() {
-        let mut scheduler = Scheduler::new(options(64));
-        let id = scheduler.submit(spec(1, 1)).unwrap();
-        assert!(scheduler.cancel(id));
-        assert!(!scheduler.cancel(id));
-        assert_eq!(scheduler.n_waiting(), 0);
-    }
-
-    /// Random arrivals, lengths and cancels; a follower's tables are kept beside the lead.
-    #[test]
-    fn every_sequence_ends_and_every_block_comes_back() {
-        let seed = 20_261_123;
-        println!("seed {seed}");
-        let mut rng = StdRng::seed_from_u64(seed);
-        let mut scheduler = Scheduler::new(options(24));
-        let (mut tables, mut batch) = (Tables::new(&options(24).limits), Batch::default());
-        let (mut plan, mut wire) = (StepPlan::default(), Vec::new());
-        let mut live: HashMap<SequenceId, usize> = HashMap::new(); // tokens still to come
-        let (mut n_done, mut n_cancelled, mut n_steps) = (0, 0, 0);
-        while n_steps < 30_000 || !scheduler.is_idle() {
-            if n_steps < 30_000 && rng.random_bool(0.3) {
-                let max_tokens = rng.random_range(1..60);
-                let prompt_logprobs = rng.random_bool(0.1);
-                let spec = Spec { prompt_logprobs, ..spec(rng.random_range(1..140), max_tokens) };
-                if let Ok(id) = scheduler.submit(spec) {
-                    live.insert(id, max_tokens as usize);
-                }
-            }
-            if rng.random_bool(0.05)
-                && let Some(&id) = live.keys().min()
-            {
-                assert!(scheduler.cancel(id), "a live sequence can be cancelled");
-                live.remove(&id);
-                n_cancelled += 1;
-            }
-            n_steps += 1;
-            if !scheduler.schedule(&mut plan) {
-                assert!(scheduler.is_idle(), "what can run does run");
-                continue;
-            }
-            plan.step = n_steps;
-            plan.encode(&mut wire);
-            plan.decode(&wire, &options(24).limits).unwrap();
-            tables.apply(&plan, &mut batch).unwrap();
-            let mut slots = batch.slots.clone();
-            slots.sort_unstable();
-            slots.dedup();
-            assert_eq!(slots.len(), batch.tokens.len(), "no two tokens share a place");
-            let tokens: Vec<_> = (0..plan.entries.len())
-                .map(|at| scheduler.scheduled(at).n_pending() == plan.entries[at].n_tokens as usize)
-                .map(|is_last| is_last.then(|| rng.random_range(0..1000)))
-                .collect();
-            let mut out = Vec::new();
-            scheduler.commit(&plan, &tokens, &mut out);
-            for Committed { id, finish, .. } in out {
-                let left = live.get_mut(&id).expect("only live sequences get tokens");
-                *left -= 1;
-                assert_eq!(finish.is_some(), *left == 0);
-                if finish.is_some() {
-                    live.remove(&id);
-                    n_done += 1;
-                }
-            }
-        }
-        scheduler.check_integrity();
-        assert_eq!(scheduler.kv().n_available(), 24);
-        assert!(live.is_empty() && n_done > 1000 && n_cancelled > 100, "{n_done} {n_cancelled}");
-    }
-}
+#[path = "scheduler_tests.rs"]
+mod tests;

@@ -7,7 +7,7 @@
 use crate::backend::KV_BLOCK_LEN;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EvSP");
-const HEAD_WORDS: usize = 11;
+const HEAD_WORDS: usize = 13;
 const ENTRY_WORDS: usize = 5;
 
 /// What a plan asks for.
@@ -15,6 +15,8 @@ const ENTRY_WORDS: usize = 5;
 pub enum Kind {
     /// Run the model on the entries.
     Run,
+    /// Send the lead whole rows of logits of the last step that ran.
+    Rows,
     /// Nothing to do; the lead is there.
     #[default]
     Heartbeat,
@@ -29,23 +31,36 @@ pub struct StepPlan {
     /// From 1, without gaps, heartbeats included.
     pub step: u64,
     pub kind: Kind,
-    /// Whether the lead wants all logits of the sampled rows, or only the likeliest token of each.
-    pub whole_logits: bool,
+    /// Whether an ask about the sampled rows follows; else only the likeliest token of each is
+    /// wanted.
+    pub asks: bool,
     /// Slots whose tables are dropped before the entries are looked at.
     pub freed_slots: Vec<u32>,
+    /// Blocks copied, one after the other, before the entries run.
+    pub copies: Vec<Copy>,
     /// One per sequence of this step.
     pub entries: Vec<Entry>,
     /// Token ids of all entries, one after the other.
     pub tokens: Vec<u32>,
     /// Blocks appended to the entries' tables, one entry after the other.
     pub blocks: Vec<u32>,
+    /// Of [`Kind::Rows`]: indexes of sampled rows.
+    pub rows: Vec<u32>,
+}
+
+/// A block that begins like another and goes on differently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copy {
+    pub from: u32,
+    pub to: u32,
 }
 
 /// One sequence's part in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
     pub slot: u32,
-    /// Position of its first token; 0 for a slot that is new or was freed.
+    /// Position of its first token: where the slot is, 0 if it is new or was freed; or further, if
+    /// the new blocks hold what comes before, the last of them by a copy if it is not full.
     pub start: u32,
     /// At least 1.
     pub n_tokens: u32,
@@ -67,6 +82,14 @@ pub struct Limits {
     pub vocab: usize,
 }
 
+impl Limits {
+    /// Blocks of the tables of all slots, each block as often as sequences share it.
+    #[must_use]
+    pub fn max_table_blocks(&self) -> usize {
+        self.n_slots * self.max_context.div_ceil(KV_BLOCK_LEN)
+    }
+}
+
 /// Why bytes are not a plan.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -86,9 +109,11 @@ impl StepPlan {
     pub fn with_room(limits: &Limits) -> Self {
         Self {
             freed_slots: Vec::with_capacity(limits.n_slots),
+            copies: Vec::with_capacity(limits.n_slots),
             entries: Vec::with_capacity(limits.n_slots),
             tokens: Vec::with_capacity(limits.max_batch_tokens),
-            blocks: Vec::with_capacity(limits.max_batch_tokens),
+            blocks: Vec::with_capacity(limits.max_table_blocks()),
+            rows: Vec::with_capacity(limits.max_sample_rows),
             ..Self::default()
         }
     }
@@ -96,18 +121,21 @@ impl StepPlan {
     /// Most bytes of a plan within `limits`.
     #[must_use]
     pub fn max_bytes(limits: &Limits) -> usize {
-        let Limits { n_slots, max_batch_tokens, .. } = *limits;
-        4 * (HEAD_WORDS + (1 + ENTRY_WORDS) * n_slots + 2 * max_batch_tokens)
+        let Limits { n_slots, max_batch_tokens, max_sample_rows, .. } = *limits;
+        let n_lists = max_batch_tokens + limits.max_table_blocks() + max_sample_rows;
+        4 * (HEAD_WORDS + (1 + 2 + ENTRY_WORDS) * n_slots + n_lists)
     }
 
     /// Empties it, keeping its memory.
     pub fn clear(&mut self) {
         self.kind = Kind::Heartbeat;
-        self.whole_logits = false;
+        self.asks = false;
         self.freed_slots.clear();
+        self.copies.clear();
         self.entries.clear();
         self.tokens.clear();
         self.blocks.clear();
+        self.rows.clear();
     }
 
     #[must_use]
@@ -117,7 +145,8 @@ impl StepPlan {
 
     /// Replaces `out` by the plan's bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let Self { epoch, step, kind, whole_logits, freed_slots, entries, tokens, blocks } = self;
+        let Self { epoch, step, kind, asks, .. } = self;
+        let Self { freed_slots, copies, entries, tokens, blocks, rows, .. } = self;
         out.clear();
         let mut word = |n: u32| out.extend_from_slice(&n.to_le_bytes());
         word(MAGIC);
@@ -125,21 +154,32 @@ impl StepPlan {
             Kind::Run => 1,
             Kind::Heartbeat => 2,
             Kind::Leave => 3,
+            Kind::Rows => 4,
         });
-        word(u32::from(*whole_logits));
+        word(u32::from(*asks));
         for wide in [*epoch, *step] {
             word(wide as u32);
             word((wide >> 32) as u32);
         }
-        for n in [freed_slots.len(), entries.len(), tokens.len(), blocks.len()] {
+        let counts = [
+            freed_slots.len(),
+            copies.len(),
+            entries.len(),
+            tokens.len(),
+            blocks.len(),
+            rows.len(),
+        ];
+        for n in counts {
             word(n as u32);
         }
         freed_slots.iter().for_each(|&slot| word(slot));
+        copies.iter().flat_map(|copy| [copy.from, copy.to]).for_each(&mut word);
         for &Entry { slot, start, n_tokens, n_blocks, n_sampled } in entries {
             [slot, start, n_tokens, n_blocks, n_sampled].into_iter().for_each(&mut word);
         }
         tokens.iter().for_each(|&token| word(token));
         blocks.iter().for_each(|&block| word(block));
+        rows.iter().for_each(|&row| word(row));
     }
 
     /// Replaces the plan by what `bytes` say, if that is within `limits`. After an error the plan's
@@ -161,25 +201,31 @@ impl StepPlan {
             1 => Kind::Run,
             2 => Kind::Heartbeat,
             3 => Kind::Leave,
+            4 => Kind::Rows,
             0 => return Err(Error::TooSmall { what: "kind", got: 0, min: 1 }),
-            got => return Err(Error::Bound { what: "kind", got: got.into(), max: 3 }),
+            got => return Err(Error::Bound { what: "kind", got: got.into(), max: 4 }),
         };
-        let whole_logits = word();
-        at_most("flag for whole logits", whole_logits as usize, 1)?;
-        self.whole_logits = whole_logits == 1;
+        let asks = word();
+        at_most("flag for an ask", asks as usize, 1)?;
+        self.asks = asks == 1;
         self.epoch = u64::from(word()) | u64::from(word()) << 32;
         self.step = u64::from(word()) | u64::from(word()) << 32;
-        let [n_freed, n_entries, n_tokens, n_blocks] =
-            [word(), word(), word(), word()].map(|n| n as usize);
+        let [n_freed, n_copies, n_entries, n_tokens, n_blocks, n_rows] =
+            [word(), word(), word(), word(), word(), word()].map(|n| n as usize);
         at_most("number of freed slots", n_freed, limits.n_slots)?;
+        at_most("number of copies", n_copies, limits.n_slots)?;
         at_most("number of entries", n_entries, limits.n_slots)?;
         at_most("number of tokens", n_tokens, limits.max_batch_tokens)?;
-        at_most("number of blocks", n_blocks, limits.n_kv_blocks as usize)?;
-        let n_words = HEAD_WORDS + n_freed + ENTRY_WORDS * n_entries + n_tokens + n_blocks;
+        at_most("number of blocks", n_blocks, limits.max_table_blocks())?;
+        at_most("number of rows", n_rows, limits.max_sample_rows)?;
+        let n_lists =
+            n_freed + 2 * n_copies + ENTRY_WORDS * n_entries + n_tokens + n_blocks + n_rows;
+        let n_words = HEAD_WORDS + n_lists;
         if bytes.len() != 4 * n_words {
             return Err(Error::Length { got: bytes.len(), expected: 4 * n_words });
         }
         self.freed_slots.extend((0..n_freed).map(|_| word()));
+        self.copies.extend((0..n_copies).map(|_| Copy { from: word(), to: word() }));
         self.entries.extend((0..n_entries).map(|_| {
             let [slot, start, n_tokens, n_blocks, n_sampled] =
                 [word(), word(), word(), word(), word()];
@@ -187,6 +233,7 @@ impl StepPlan {
         }));
         self.tokens.extend((0..n_tokens).map(|_| word()));
         self.blocks.extend((0..n_blocks).map(|_| word()));
+        self.rows.extend((0..n_rows).map(|_| word()));
         self.check(limits)
     }
 
@@ -223,8 +270,12 @@ impl StepPlan {
         for &token in &self.tokens {
             at_most("token id", token as usize, vocab - 1)?;
         }
-        for &block in &self.blocks {
+        let copied = self.copies.iter().flat_map(|copy| [&copy.from, &copy.to]);
+        for &block in self.blocks.iter().chain(copied) {
             at_most("block", block as usize, n_kv_blocks as usize - 1)?;
+        }
+        for &row in &self.rows {
+            at_most("row", row as usize, max_sample_rows - 1)?;
         }
         Ok(())
     }
@@ -272,14 +323,16 @@ mod tests {
             epoch: u64::MAX - 1,
             step: 1 << 40,
             kind: Kind::Run,
-            whole_logits: true,
+            asks: true,
             freed_slots: vec![3, 0],
+            copies: vec![Copy { from: 9, to: 31 }],
             entries: vec![
                 Entry { slot: 2, start: 17, n_tokens: 1, n_blocks: 0, n_sampled: 1 },
                 Entry { slot: 0, start: 0, n_tokens: 20, n_blocks: 2, n_sampled: 0 },
             ],
             tokens: (100..121).collect(),
             blocks: vec![31, 7],
+            rows: vec![15],
         }
     }
 
@@ -293,7 +346,7 @@ mod tests {
     #[test]
     fn a_plan_survives_the_wire() {
         assert_eq!(round_trip(&plan()).unwrap(), plan());
-        for kind in [Kind::Heartbeat, Kind::Leave] {
+        for kind in [Kind::Heartbeat, Kind::Leave, Kind::Rows] {
             let plan =
                 StepPlan { epoch: 1, step: 2, kind, freed_slots: vec![1], ..Default::default() };
             assert_eq!(round_trip(&plan).unwrap(), plan);
@@ -312,6 +365,9 @@ mod tests {
         check(|p| p.kind = Kind::Leave, "outside a run");
         check(|p| p.freed_slots[0] = 4, "freed slot 4");
         check(|p| p.freed_slots = vec![1; 5], "number of freed slots 5");
+        check(|p| p.copies[0].from = 32, "block 32");
+        check(|p| p.copies[0].to = u32::MAX, "block 4294967295");
+        check(|p| p.copies = vec![p.copies[0]; 5], "number of copies 5");
         check(|p| p.entries[0].slot = 4, "slot 4");
         check(|p| p.entries[0].n_tokens = 0, "without tokens");
         check(|p| p.entries[0].start = 256, "end of sequence 257");
@@ -324,7 +380,9 @@ mod tests {
         check(|p| p.tokens.extend(0..64), "number of tokens 85");
         check(|p| p.tokens[5] = 1000, "token id 1000");
         check(|p| p.blocks[1] = 32, "block 32");
-        check(|p| p.blocks = vec![0; 33], "number of blocks 33");
+        check(|p| p.blocks = vec![0; 65], "number of blocks 65");
+        check(|p| p.rows[0] = 16, "row 16");
+        check(|p| p.rows = vec![0; 17], "number of rows 17");
     }
 
     #[test]

@@ -164,6 +164,21 @@ impl KvCache {
         }
     }
 
+    /// Gives one block the keys and values of another.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn copy_block(&mut self, from: usize, to: usize) {
+        assert!(from.max(to) < self.n_blocks, "blocks are in the cache");
+        let page_bytes = self.format.page_bytes(self.head_dim);
+        for head in 0..self.n_kv_heads {
+            let [from, to] = [from, to].map(|block| (head * self.n_blocks + block) * page_bytes);
+            for memory in [&mut self.k, &mut self.v] {
+                memory.copy_within(from..from + page_bytes, to);
+            }
+        }
+    }
+
     /// Where the keys and the values of a block begin.
     pub(super) fn pages(&self, block: usize, kv_head: usize) -> [*const u8; 2] {
         debug_assert!(block < self.n_blocks && kv_head < self.n_kv_heads);

@@ -158,6 +158,10 @@ impl Backend for Rank {
         Ok(())
     }
 
+    fn copy_block(&mut self, from: u32, to: u32) {
+        self.caches.iter_mut().for_each(|cache| cache.copy_block(from as usize, to as usize));
+    }
+
     fn logits(&self) -> &[f32] {
         &self.logits[..self.n_logits]
     }
