@@ -264,7 +264,7 @@ impl Job<'_> {
         };
         let group = |group| step.group(group);
         with_blocks!(self.weight.format, B => {
-            let at_once = amx::tiles_at_once::<B>();
+            let at_once = amx::tiles_at_once::<B>(rows.len());
             for first in tiles.clone().step_by(at_once) {
                 let end = tiles.end.min(first + at_once);
                 let store = |t: usize, p: usize, row: usize, values: &[f32; TILE_ROWS]| {

@@ -31,10 +31,10 @@ const WINDOW: usize = scale_runs::<TERMS>();
 /// Tiles of weights that share a window of activations, at most.
 const TILES: usize = 2;
 
-/// Tiles of a format's weights to multiply at a time. Where each run is one product, reading
-/// activations for every tile costs less than keeping two tiles.
-pub(crate) const fn tiles_at_once<B: Blocks>() -> usize {
-    if B::BITS == 4 { 1 } else { TILES }
+/// Tiles of a format's weights to multiply at a time. Where each run is one product, or rows are
+/// few, reading activations for every tile costs less than keeping two tiles.
+pub(crate) const fn tiles_at_once<B: Blocks>(rows: usize) -> usize {
+    if B::BITS == 4 || rows <= GROUP { 1 } else { TILES }
 }
 
 /// Groups that a window of unpacked weights serves.
@@ -49,7 +49,6 @@ type Product = [[i32; TILE_ROWS]; GROUP];
 struct Scratch {
     /// Weights of a window as bytes.
     weights: [[[u8; REGISTER]; WINDOW]; TILES],
-    apart: [u8; APART],
     products: [Product; MAX_PRODUCTS],
     scale: [[Lanes; WINDOW]; TILES],
     min: [[Lanes; WINDOW]; TILES],
@@ -59,10 +58,6 @@ struct Scratch {
     total: [[Sums; TILES]; MAX_GROUPS],
     stack: [[[Sums; MAX_DEPTH]; TILES]; MAX_GROUPS],
 }
-
-/// Keeps stores of products from those loads of weights and activations that have the same low 12
-/// bits of address: the processor would take one for the other, and wait.
-const APART: usize = 1024 + 256;
 
 /// Products that are stored before they are summed.
 const MAX_PRODUCTS: usize = 18;

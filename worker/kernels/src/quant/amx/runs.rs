@@ -143,7 +143,7 @@ unsafe fn products<B: Blocks>(
     scratch: &mut Scratch,
 ) {
     let mut to = scratch.products.as_mut_ptr().cast::<u8>();
-    // The register of the product before: 1 or 3.
+    // The register of the product before.
     let mut last = 3;
     macro_rules! multiply_all {
         ($multiply:literal) => {
