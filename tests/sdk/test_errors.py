@@ -47,8 +47,8 @@ def test_an_unknown_model_is_not_found(client, model):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"extra_body": {"surprise": 1}}, "surprise"),
     ],
 )

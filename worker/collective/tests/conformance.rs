@@ -404,10 +404,11 @@ fn an_idle_follower_sleeps_and_wakes_at_once(net: Net) {
                 }
                 assert!(mesh.take_stats().n_parks > 0);
                 let mut bytes = Vec::new();
+                // Whoever is done waiting first leaves, and the others lose it.
                 let wait = Duration::from_millis(30);
                 let error = mesh.broadcast(tag(20), 0, &mut bytes, wait).unwrap_err();
                 assert!(
-                    matches!(error, Error::Timeout { .. } | Error::PeerLost { peer: 0, .. }),
+                    matches!(error, Error::Timeout { .. } | Error::PeerLost { .. }),
                     "{error}"
                 );
             });
