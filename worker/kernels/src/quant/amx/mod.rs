@@ -56,7 +56,8 @@ struct Scratch {
     acc: [Sums; TILES],
     /// Of the current leaf.
     total: [[Sums; TILES]; MAX_GROUPS],
-    stack: [[[Sums; MAX_DEPTH]; TILES]; MAX_GROUPS],
+    /// Those that are close in time are close in memory.
+    stack: [[[Sums; TILES]; MAX_GROUPS]; MAX_DEPTH],
 }
 
 /// Products that are stored before they are summed.
@@ -207,18 +208,25 @@ impl Pass<'_, '_> {
         let is_whole = place.in_part == self.sum.part_leaves[place.part];
         let left = place.top - merges..place.top;
         for t in 0..self.tiles.len() {
-            let (total, stack) = (&mut self.scratch.total[g][t], &mut self.scratch.stack[g][t]);
+            let total = &mut self.scratch.total[g][t];
             for row in 0..ROWS {
-                let lanes = &mut total[row];
-                for left in stack[left.clone()].iter().rev() {
-                    for lane in 0..TILE_ROWS {
-                        lanes[lane] += left[row][lane];
+                // SAFETY: rows of 16 floats, on cache lines of their own.
+                unsafe {
+                    let mut sum = _mm512_load_ps(total[row].as_ptr());
+                    for left in self.scratch.stack[left.clone()].iter().rev() {
+                        sum = _mm512_add_ps(_mm512_load_ps(left[g][t][row].as_ptr()), sum);
                     }
+                    let to = if is_whole {
+                        &mut total[row]
+                    } else {
+                        &mut self.scratch.stack[left.start][g][t][row]
+                    };
+                    _mm512_store_ps(to.as_mut_ptr(), sum);
                 }
-                if !is_whole {
-                    stack[left.start][row] = *lanes;
-                } else if rows.start + row < rows.end {
-                    (self.store)(t, place.part, rows.start + row, lanes);
+            }
+            if is_whole {
+                for (row, total) in rows.clone().zip(&*total) {
+                    (self.store)(t, place.part, row, total);
                 }
             }
         }
