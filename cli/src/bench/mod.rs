@@ -144,7 +144,7 @@ pub struct Options {
 #[derive(Debug, Clone, Subcommand)]
 enum Verb {
     /// Put load on an endpoint and measure what its clients see
-    Serve(serve::Options),
+    Serve(Box<serve::Options>),
 }
 
 /// The effective options as a file that `--config` takes.
@@ -167,7 +167,7 @@ fn format_name(text: &str) -> Result<String, synthetic::Error> {
 
 pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     if let Some(Verb::Serve(options)) = options.verb {
-        return serve::run(options).await;
+        return serve::run(*options).await;
     }
     options.check()?;
     let subjects = options.subjects()?;
