@@ -67,6 +67,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         top_k: options.top_k,
         seed: options.seed,
         max_tokens: options.max_tokens,
+        ..Sampling::default()
     };
     let chat = Chat { client, model, sampling };
     match options.prompt {

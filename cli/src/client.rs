@@ -35,6 +35,23 @@ pub struct Sampling {
     pub top_k: Option<u32>,
     pub seed: Option<u64>,
     pub max_tokens: Option<u32>,
+    pub min_tokens: Option<u32>,
+    pub ignore_eos: Option<bool>,
+}
+
+/// The server's sentence where it would not answer.
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: u16,
+    message: String,
+}
+
+impl std::error::Error for Refusal {}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
 }
 
 /// One event of a stream.
@@ -169,6 +186,8 @@ impl Client {
             ("top_k", sampling.top_k.map(|x| json!(x))),
             ("seed", sampling.seed.map(|x| json!(x))),
             ("max_tokens", sampling.max_tokens.map(|x| json!(x))),
+            ("min_tokens", sampling.min_tokens.map(|x| json!(x))),
+            ("ignore_eos", sampling.ignore_eos.map(|x| json!(x))),
         ];
         for (name, value) in fields {
             if let Some(value) = value {
@@ -286,10 +305,11 @@ async fn refuse_errors(response: Response) -> anyhow::Result<Response> {
     }
     let text = response.text().await.unwrap_or_default();
     let body: Value = serde_json::from_str(&text).unwrap_or_default();
-    match message_of(&body) {
-        Some(message) => Err(anyhow!("{message} (HTTP {})", status.as_u16())),
-        None => Err(anyhow!("the server answered {status}: {}", text.trim())),
-    }
+    let message = match message_of(&body) {
+        Some(message) => format!("{message} (HTTP {})", status.as_u16()),
+        None => format!("the server answered {status}: {}", text.trim()),
+    };
+    Err(Refusal { status: status.as_u16(), message }.into())
 }
 
 /// The sentence of an error body, or of a readiness body.

@@ -118,7 +118,7 @@ fn run() -> anyhow::Result<()> {
             Verb::Up(options) => options::print("up", options),
             Verb::Chat(options) => options::print("chat", options),
             Verb::Status(options) => options::print("status", options),
-            Verb::Bench(options) => options::print("bench", options),
+            Verb::Bench(options) => bench::print(options),
             Verb::Plan(options) => options::print("plan", options),
             Verb::Coordinator(options) => options::print("coordinator", options),
             Verb::Worker(options) => options::print("worker", options),

@@ -41,9 +41,15 @@ pub fn with_file(command: Command, args: &[OsString]) -> anyhow::Result<Command>
     let file: toml::Table = text
         .parse()
         .with_context(|| format!("the configuration file {} is not valid TOML", path.display()))?;
-    file.into_iter().try_fold(command, |command, (key, value)| match value {
-        toml::Value::Table(table) => with_verb(command, &path, &key, table),
-        value => with_default(command, &path, &key, &value),
+    with_table(command, &path, file)
+}
+
+fn with_table(command: Command, path: &Path, table: toml::Table) -> anyhow::Result<Command> {
+    table.into_iter().try_fold(command, |command, (key, value)| match value {
+        toml::Value::Table(table) if command.has_subcommands() => {
+            with_verb(command, path, &key, table)
+        }
+        value => with_default(command, path, &key, &value),
     })
 }
 
@@ -64,10 +70,7 @@ fn with_verb(
     let mut failure = None;
     let command = command.mut_subcommand(verb, |subcommand| {
         let before = subcommand.clone();
-        let result = table.iter().try_fold(subcommand, |subcommand, (key, value)| {
-            with_default(subcommand, path, key, value)
-        });
-        result.unwrap_or_else(|error| {
+        with_table(subcommand, path, table).unwrap_or_else(|error| {
             failure = Some(error);
             before
         })

@@ -52,11 +52,12 @@ fn flags_win_over_environment_and_environment_over_the_file() {
 
 #[test]
 fn what_is_printed_can_be_read_again() {
-    let verbs: [&[&str]; 4] = [
+    let verbs: [&[&str]; 5] = [
         &["up", "--model", "m", "--shares", "2:1", "--memory", "1GiB"],
         &["status"],
         &["chat"],
         &["bench", "--synthetic", "llama-1b", "--format", "q4_0,bf16", "--split", "1x2,2x1/tcp"],
+        &["bench", "serve", "--rate", "2.5", "--traffic", "shared-prefix", "--slo", "ttft=1s"],
     ];
     for verb in verbs {
         let dir = tempfile::tempdir().expect("a temporary directory");
@@ -67,7 +68,10 @@ fn what_is_printed_can_be_read_again() {
         assert!(!first.is_empty(), "{verb:?} printed nothing");
         std::fs::write(&path, &first).expect("the file can be written");
         let path = path.display().to_string();
-        let again = evener(&[verb[0], "--config", &path, "--print-config"], &[]);
+        let mut args: Vec<&str> =
+            verb.iter().copied().take_while(|w| !w.starts_with('-')).collect();
+        args.extend(["--config", &path, "--print-config"]);
+        let again = evener(&args, &[]);
         assert_eq!(stdout(&again), first, "{again:?}");
     }
 }

@@ -9,6 +9,7 @@ mod http;
 mod llama_cpp;
 mod machine;
 mod report;
+mod serve;
 mod split;
 mod subject;
 mod svg;
@@ -19,7 +20,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 use evener_worker::checkpoint::synthetic;
 use evener_worker::measure::Buffer;
 use serde::Serialize;
@@ -39,6 +40,7 @@ const EXAMPLES: &str = "Examples:
   evener bench --model model.gguf --shares 2:1 --concurrency 1,4,8 --json
   evener bench --model model.gguf --compare-llama-cpp ~/llama.cpp/llama-bench
   evener bench --kernels
+  evener bench serve --concurrency 32     load on a running endpoint
 
 Engine figures come from sequences submitted to the group's lead; those through HTTP from streamed
 completions at temperature 0. docs/bench.md says what each figure means.";
@@ -52,8 +54,11 @@ const PAIR_TOKENS: usize = 64;
 
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct Options {
+    #[command(subcommand)]
+    #[serde(skip)]
+    verb: Option<Verb>,
     /// PATH or NAME of a GGUF file; several with commas.
     #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME", value_delimiter = ',')]
     model: Vec<String>,
@@ -136,6 +141,22 @@ pub struct Options {
     json: bool,
 }
 
+#[derive(Debug, Clone, Subcommand)]
+enum Verb {
+    /// Put load on an endpoint and measure what its clients see
+    Serve(Box<serve::Options>),
+}
+
+/// The effective options as a file that `--config` takes.
+pub fn print(options: &Options) -> anyhow::Result<()> {
+    match &options.verb {
+        Some(Verb::Serve(serve)) => {
+            crate::options::print("bench", &std::collections::BTreeMap::from([("serve", serve)]))
+        }
+        None => crate::options::print("bench", options),
+    }
+}
+
 fn shape_name(text: &str) -> Result<String, synthetic::Error> {
     text.parse::<synthetic::Shape>().map(|shape| shape.name.to_owned())
 }
@@ -145,6 +166,9 @@ fn format_name(text: &str) -> Result<String, synthetic::Error> {
 }
 
 pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
+    if let Some(Verb::Serve(options)) = options.verb {
+        return serve::run(*options).await;
+    }
     options.check()?;
     let subjects = options.subjects()?;
     let splits = options.splits();
@@ -426,13 +450,13 @@ mod tests {
     use clap::Parser;
 
     #[derive(Debug, Parser)]
-    struct Verb {
+    struct Line {
         #[command(flatten)]
         options: Options,
     }
 
     fn options(args: &[&str]) -> Options {
-        Verb::try_parse_from(["bench"].iter().chain(args)).unwrap().options
+        Line::try_parse_from(["bench"].iter().chain(args)).unwrap().options
     }
 
     #[test]
@@ -467,7 +491,7 @@ mod tests {
     #[test]
     fn shapes_and_formats_are_known_names() {
         let refused = |args: &[&str]| {
-            Verb::try_parse_from(["bench"].iter().chain(args)).unwrap_err().to_string()
+            Line::try_parse_from(["bench"].iter().chain(args)).unwrap_err().to_string()
         };
         assert!(refused(&["--synthetic", "gpt"]).contains("llama-8b"));
         assert!(refused(&["--synthetic", "llama-1b", "--format", "q3"]).contains("q4_k_m"));

@@ -203,7 +203,7 @@ fn mark(svg: &mut String, [x, y]: [f64; 2], colour: &str, mark: Mark, title: &st
     written.expect("text can be written to a string");
 }
 
-fn line(svg: &mut String, [x1, y1, x2, y2]: [f64; 4], colour: &str, width: f64) {
+pub(super) fn line(svg: &mut String, [x1, y1, x2, y2]: [f64; 4], colour: &str, width: f64) {
     writeln!(
         svg,
         "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"{colour}\" \
@@ -212,7 +212,7 @@ fn line(svg: &mut String, [x1, y1, x2, y2]: [f64; 4], colour: &str, width: f64) 
     .expect("text can be written to a string");
 }
 
-fn text(svg: &mut String, [x, y]: [f64; 2], anchor: &str, size: u32, words: &str) {
+pub(super) fn text(svg: &mut String, [x, y]: [f64; 2], anchor: &str, size: u32, words: &str) {
     let words = escape(words);
     writeln!(
         svg,
