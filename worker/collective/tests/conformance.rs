@@ -407,10 +407,7 @@ fn an_idle_follower_sleeps_and_wakes_at_once(net: Net) {
                 // Whoever is done waiting first leaves, and the others lose it.
                 let wait = Duration::from_millis(30);
                 let error = mesh.broadcast(tag(20), 0, &mut bytes, wait).unwrap_err();
-                assert!(
-                    matches!(error, Error::Timeout { .. } | Error::PeerLost { .. }),
-                    "{error}"
-                );
+                assert!(matches!(error, Error::Timeout { .. } | Error::PeerLost { .. }), "{error}");
             });
         }
         let threads = [threads.recv().unwrap(), threads.recv().unwrap()];
