@@ -31,6 +31,13 @@ const SPREAD_SPLITS: usize = 4;
 /// A unit is spread if it is more than one part in so many, for each thread, of the work.
 const PARTS_PER_THREAD: usize = 8;
 
+/// Nothing is spread if whole units keep threads busy for so much of the time: what waits to be
+/// merged goes through memory, and between cores.
+const BUSY: f64 = 0.95;
+
+/// Threads whose loads are told apart; more of them always spread.
+const MAX_BALANCED: usize = 64;
+
 /// Consecutive rows of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
@@ -146,6 +153,8 @@ struct Work<'a> {
     n_threads: usize,
     /// Sum of all units' costs.
     cost: usize,
+    /// Whole units would leave threads idle.
+    spreads: bool,
 }
 
 /// Rows of one span, for query heads that read one KV head.
@@ -194,10 +203,20 @@ impl Unit<'_> {
 
 impl<'a> Work<'a> {
     fn new(heads: Heads<'a>, rows: Rows<'a>, n_threads: usize) -> Self {
-        let mut work = Self { heads, rows, n_threads, cost: 0 };
+        let mut work = Self { heads, rows, n_threads, cost: 0, spreads: false };
         let mut cost = 0;
-        work.for_each_unit(|unit| cost += unit.cost());
+        let mut loads = [0; MAX_BALANCED];
+        let loads = &mut loads[..n_threads.min(MAX_BALANCED)];
+        work.for_each_unit(|unit| {
+            cost += unit.cost();
+            // As they are taken: by whoever is free first.
+            if let Some(free) = loads.iter_mut().min() {
+                *free += unit.cost();
+            }
+        });
+        let longest = loads.iter().max().copied().unwrap_or(0);
         work.cost = cost;
+        work.spreads = (cost as f64) < BUSY * (n_threads * longest) as f64;
         work
     }
 
@@ -245,7 +264,7 @@ impl<'a> Work<'a> {
 
     /// Fewer than one unit in `PARTS_PER_THREAD * n_threads` is: slots and counters suffice.
     fn is_spread(&self, unit: &Unit<'_>) -> bool {
-        self.n_threads > 1
+        self.spreads
             && unit.n_queries() <= SPREAD_QUERIES
             && unit.n_splits() > SPREAD_SPLITS
             && unit.cost() * PARTS_PER_THREAD * self.n_threads > self.cost
