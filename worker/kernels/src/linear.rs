@@ -7,7 +7,7 @@
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::activation::{Activation, BLOCK, GROUP, Precision};
 use crate::dense;
@@ -32,8 +32,13 @@ const MAX_PROJECTIONS: usize = 8;
 /// Bytes of activations that stay in a core's own cache while tiles pass by.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Pieces of work a thread takes, at least: a slow core leaves more of them to the others.
-const PIECES_PER_THREAD: usize = 8;
+/// Bytes of weights that a thread takes at a time; in a small matrix less, so that a slow core
+/// leaves something to the others.
+const PIECE_BYTES: usize = 128 << 10;
+const MIN_PIECES: usize = 8;
+
+/// Threads that have pieces of their own; more of them share.
+const MAX_OWNERS: usize = 64;
 
 /// How the columns of a matrix are summed.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +76,8 @@ pub(crate) struct TileWeights<'a> {
     pub(crate) mc: &'a [u8],
     /// Run of the first super-block at which the tile's rows begin.
     pub(crate) first_run: usize,
+    /// Bytes to the same place in the next tile.
+    pub(crate) len: usize,
 }
 
 /// A group of 16 rows of activations as integers; shapes as in [`Activation`].
@@ -128,7 +135,7 @@ fn run(
         scratch.terms.fill(pool, isa, scratch.precision, x, columns);
     }
     let mut jobs = [const { None }; MAX_PROJECTIONS];
-    let mut n_tiles = 0;
+    let (mut n_tiles, mut bytes) = (0, 0);
     assert!(projections.len() <= MAX_PROJECTIONS, "a fused group of {}", projections.len());
     for (job, projection) in jobs.iter_mut().zip(projections) {
         let weight = projection.weight;
@@ -136,12 +143,12 @@ fn run(
         assert_eq!(projection.out.len(), sum.part_leaves.len() * rows * weight.rows, "output");
         *job = Some(Job { weight, out: Shards::new(projection.out) });
         n_tiles += weight.n_tiles();
+        bytes += weight.bytes() as usize;
     }
     let step = Step { isa, x, rows, scratch, sum };
-    let pieces = Pieces::new(n_tiles, rows, step.chunk_rows(columns), pool.n_threads());
-    let next = AtomicUsize::new(0);
-    pool.run(&|_| {
-        while let Some((tiles, rows)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+    let pieces = Pieces::new(n_tiles, bytes, rows, step.chunk_rows(columns), pool.n_threads());
+    pool.run(&|thread| {
+        while let Some((tiles, rows)) = pieces.take(thread) {
             let mut first = 0;
             for job in jobs.iter().flatten() {
                 let end = first + job.weight.n_tiles();
@@ -154,28 +161,70 @@ fn run(
     });
 }
 
-/// The work of a step: chunks of rows, each over all tiles, some tiles at a time.
+/// The work of a step: chunks of rows, each over all tiles, some tiles at a time. A thread goes
+/// through tiles of its own in order, so that what it fetches ahead is what it reads next; when it
+/// has done them it helps others from their end.
 struct Pieces {
     n_tiles: usize,
     rows: usize,
     chunk_rows: usize,
-    per_chunk: usize,
+    n_owners: usize,
+    per_owner: usize,
+    /// Of each owner: its first piece that is not taken, and the end of them.
+    left: [Line; MAX_OWNERS],
 }
 
+/// On a cache line of its own.
+#[repr(align(64))]
+struct Line(AtomicU64);
+
 impl Pieces {
-    fn new(n_tiles: usize, rows: usize, chunk_rows: usize, n_threads: usize) -> Self {
-        let per_chunk = if n_threads == 1 { 1 } else { n_threads * PIECES_PER_THREAD };
-        Self { n_tiles, rows, chunk_rows, per_chunk: per_chunk.clamp(1, n_tiles.max(1)) }
+    fn new(
+        n_tiles: usize,
+        bytes: usize,
+        rows: usize,
+        chunk_rows: usize,
+        n_threads: usize,
+    ) -> Self {
+        let n_owners = n_threads.min(MAX_OWNERS);
+        let per_owner = if n_threads == 1 {
+            1
+        } else {
+            (bytes / (n_threads * PIECE_BYTES)).max(MIN_PIECES).min(n_tiles.div_ceil(n_owners))
+        };
+        let n_pieces = rows.div_ceil(chunk_rows) * per_owner;
+        let left = [const { Line(AtomicU64::new(0)) }; MAX_OWNERS];
+        for owner in &left[..n_owners] {
+            owner.0.store((n_pieces as u64) << 32, Ordering::Relaxed);
+        }
+        Self { n_tiles, rows, chunk_rows, n_owners, per_owner, left }
     }
 
-    /// Tiles and rows of the i-th piece.
-    fn get(&self, i: usize) -> Option<(Range<usize>, Range<usize>)> {
-        let (chunk, i) = (i / self.per_chunk, i % self.per_chunk);
-        let first = chunk * self.chunk_rows;
-        (first < self.rows).then(|| {
-            let rows = first..(first + self.chunk_rows).min(self.rows);
-            (part(self.n_tiles, i, self.per_chunk), rows)
+    /// Tiles and rows of a piece that nobody else gets.
+    fn take(&self, thread: usize) -> Option<(Range<usize>, Range<usize>)> {
+        (0..self.n_owners).find_map(|i| {
+            let owner = (thread + i) % self.n_owners;
+            let left = &self.left[owner].0;
+            let take = |left: u64| {
+                let (first, end) = (left & u64::from(u32::MAX), left >> 32);
+                let (first, end) = if i == 0 { (first + 1, end) } else { (first, end - 1) };
+                (first <= end).then_some(first | end << 32)
+            };
+            let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                if left & u64::from(u32::MAX) < left >> 32 { take(left) } else { None }
+            });
+            let before = before.ok()?;
+            let piece = if i == 0 { before & u64::from(u32::MAX) } else { (before >> 32) - 1 };
+            Some(self.get(owner, piece as usize))
         })
+    }
+
+    /// Tiles and rows of the i-th piece of an owner.
+    fn get(&self, owner: usize, i: usize) -> (Range<usize>, Range<usize>) {
+        let (chunk, i) = (i / self.per_owner, i % self.per_owner);
+        let first = chunk * self.chunk_rows;
+        let rows = first..(first + self.chunk_rows).min(self.rows);
+        (part(self.n_tiles, owner * self.per_owner + i, self.n_owners * self.per_owner), rows)
     }
 }
 

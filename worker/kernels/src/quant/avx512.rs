@@ -5,12 +5,12 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::blocks::{Blocks, RUN, Scales};
-use super::tiles::{FIFTHS, TOPS, quant_bytes};
+use super::tiles::{FIFTHS, LINE, TOPS, quant_bytes};
 use crate::activation::{GROUP, place};
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
-/// Bytes that a lone row of activations fetches ahead.
+/// Bytes of quants that a lone row of activations fetches ahead. Scales it fetches a tile ahead.
 const AHEAD: usize = 2048;
 
 type Sums<const M: usize> = [__m512; M];
@@ -74,6 +74,9 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
             }
         }
         let dots = dots::<B, M, TERMS, ALL>(w, b, x, first, offsets);
+        if M == 1 {
+            fetch_scales::<B>(w, b);
+        }
         let (scale, min) = scales::<B>(w, b);
         for row in 0..M {
             acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, acc[row]);
@@ -105,6 +108,9 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for b in runs.clone() {
+            if M == 1 {
+                fetch_scales::<B>(w, b);
+            }
             let (left, right) = integer_scales(w, b);
             let add = |sums: &mut [__m512i; M], dots: [__m512i; M], scale| {
                 for (sum, dot) in sums.iter_mut().zip(dots) {
@@ -179,6 +185,30 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
     })
 }
 
+/// Brings near what run b of the next tile has beside its quants: a processor sees where they go on
+/// in a tile, but not where those of the next begin.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_scales<B: Blocks>(w: &TileWeights<'_>, b: usize) {
+    let line = |of: *const u8, at: usize| {
+        if at.is_multiple_of(LINE) {
+            _mm_prefetch::<_MM_HINT_T0>(of.wrapping_add(at + w.len).cast());
+        }
+    };
+    let halves = 2 * w.scale_at::<B>(b);
+    line(w.d.as_ptr().cast(), halves);
+    if B::SCALES.has_min() {
+        line(w.m.as_ptr().cast(), halves);
+    }
+    if B::SCALES.is_super() {
+        line(w.sc.as_ptr(), b * TILE_ROWS);
+        line(w.mc.as_ptr(), b * TILE_ROWS);
+    }
+    if B::BITS == 5 {
+        line(w.fifths.as_ptr(), b * FIFTHS);
+    }
+}
+
 /// The sums of both halves of a row's run, in all lanes.
 ///
 /// # Safety
@@ -247,14 +277,18 @@ pub(super) unsafe fn vectors<B: Blocks, const M: usize>(
     b: usize,
     j: usize,
 ) -> (__m512i, __m512i) {
+    let quants = b * quant_bytes(B::BITS);
     // SAFETY: in bounds by the caller's promise; a prefetch may point anywhere.
     unsafe {
-        let quants = w.quants.as_ptr().add(b * quant_bytes(B::BITS));
         let load = |at: usize| {
             if M == 1 {
-                _mm_prefetch::<_MM_HINT_T0>(quants.wrapping_add(at + AHEAD).cast());
+                let mut ahead = quants + at + AHEAD;
+                if ahead >= w.quants.len() {
+                    ahead += w.len - w.quants.len();
+                }
+                _mm_prefetch::<_MM_HINT_T0>(w.quants.as_ptr().wrapping_add(ahead).cast());
             }
-            _mm512_loadu_si512(quants.add(at).cast())
+            _mm512_loadu_si512(w.quants.as_ptr().add(quants + at).cast())
         };
         if B::BITS == 8 {
             return (load(j * 128), load(j * 128 + 64));

@@ -27,7 +27,7 @@ pub(crate) const TOPS: usize = 256;
 pub(crate) const FIFTHS: usize = 64;
 
 /// Parts of a record begin on a cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// A block of any format, for the rows that the last tile lacks.
 const NO_ROW: [u8; 256] = [0; 256];
@@ -207,6 +207,7 @@ impl Tiles {
             sc: &record[of.sc.clone()],
             mc: &record[of.mc.clone()],
             first_run: of.first_run,
+            len: of.len,
         }
     }
 }
