@@ -80,15 +80,25 @@ pub(crate) struct TileWeights<'a> {
     pub(crate) len: usize,
 }
 
-/// A group of 16 rows of activations as integers; shapes as in [`Activation`].
+/// A group of rows of activations as integers; shapes as in [`Activation`].
 #[derive(Clone, Copy)]
 pub(crate) struct Group<'a> {
+    /// Rows side by side.
+    pub(crate) side: usize,
     pub(crate) q: &'a [i8],
     pub(crate) sum: &'a [f32],
     pub(crate) halves: &'a [[i16; 2]],
     pub(crate) d: &'a [f32],
     /// Row of the step at which the group begins.
     pub(crate) first: usize,
+}
+
+impl Group<'_> {
+    /// Where a row's run begins in `q`.
+    #[inline(always)]
+    pub(crate) fn place(&self, terms: usize, run: usize, row: usize) -> usize {
+        (run * self.side + row) * BLOCK * terms
+    }
 }
 
 /// Multiplies one input with several weights of the same width.
@@ -179,13 +189,7 @@ struct Pieces {
 struct Line(AtomicU64);
 
 impl Pieces {
-    fn new(
-        n_tiles: usize,
-        bytes: usize,
-        rows: usize,
-        chunk_rows: usize,
-        n_threads: usize,
-    ) -> Self {
+    fn new(n_tiles: usize, bytes: usize, rows: usize, chunk_rows: usize, n_threads: usize) -> Self {
         let n_owners = n_threads.min(MAX_OWNERS);
         let per_owner = if n_threads == 1 {
             1
@@ -269,12 +273,13 @@ impl<'a> Step<'a> {
 
     fn group(&self, group: usize) -> Group<'a> {
         let (scratch, shape) = (self.scratch, self.scratch.shape);
-        let runs = shape.n_runs * GROUP;
+        let runs = shape.n_runs * shape.side;
         Group {
+            side: shape.side,
             q: slice(scratch.q(), group, shape.group_len(scratch.precision.terms())),
             sum: slice(&scratch.sum, group, runs),
             halves: slice(&scratch.halves, group, runs),
-            d: slice(&scratch.d, group, shape.n_scales * GROUP),
+            d: slice(&scratch.d, group, shape.n_scales * shape.side),
             first: group * GROUP,
         }
     }
@@ -468,7 +473,7 @@ fn run_tile_portable<B: Blocks, const M: usize, const TERMS: usize>(
     let scale = |scale: usize, runs, total: &mut [[f32; TILE_ROWS]; M]| {
         let acc = portable::runs::<B, M, TERMS>(w, runs, x, first);
         for row in 0..M {
-            let d = x.d[scale * GROUP + first + row];
+            let d = x.d[scale * x.side + first + row];
             for lane in 0..TILE_ROWS {
                 total[row][lane] = acc[row][lane].mul_add(d, total[row][lane]);
             }
@@ -517,7 +522,7 @@ fn run_tile_avx512<B: Blocks, const M: usize, const TERMS: usize>(
     let scale = |scale: usize, runs, total: &mut [__m512; M]| {
         let acc = avx512::runs::<B, M, TERMS>(w, runs, x, first);
         for row in 0..M {
-            let d = _mm512_set1_ps(x.d[scale * GROUP + first + row]);
+            let d = _mm512_set1_ps(x.d[scale * x.side + first + row]);
             total[row] = _mm512_fmadd_ps(acc[row], d, total[row]);
         }
     };

@@ -18,6 +18,10 @@ pub const BLOCK: usize = 32;
 /// Rows that stand side by side in memory.
 pub(crate) const GROUP: usize = 16;
 
+/// Of so few rows all stand side by side, without room for others: each thread reads them, tile by
+/// tile, from its nearest cache.
+const FEW: usize = 4;
+
 /// 1.5 * 2^23: adding it rounds, ties to even, and makes the mantissa the integer.
 const MAGIC: f32 = 12_582_912.0;
 const MAGIC_BITS: i32 = 0x4b40_0000;
@@ -63,29 +67,25 @@ impl Precision {
 #[derive(Debug)]
 pub struct Activation {
     pub(crate) precision: Precision,
-    /// `[group, run, 16 rows, terms, 32]`, the high term first; see [`place`].
+    /// `[group, run, side rows, terms, 32]`, the high term first; see [`Shape::place`].
     q: Memory,
-    /// Sums of a run's integers. `[group, run, 16 rows]`
+    /// Sums of a run's integers. `[group, run, side rows]`
     pub(crate) sum: Vec<f32>,
-    /// Sums of the integers of each half of a run. `[group, run, 16 rows, 2]`
+    /// Sums of the integers of each half of a run. `[group, run, side rows, 2]`
     pub(crate) halves: Vec<[i16; 2]>,
-    /// Scales. `[group, scale, 16 rows]`
+    /// Scales. `[group, scale, side rows]`
     pub(crate) d: Vec<f32>,
     /// The rows in bf16, for weights that want them so.
     pub(crate) terms: Terms,
     pub(crate) shape: Shape,
 }
 
-/// Where a row's run begins among a group's integers.
-#[inline(always)]
-pub(crate) const fn place(terms: usize, run: usize, row: usize) -> usize {
-    (run * GROUP + row) * BLOCK * terms
-}
-
 /// How many runs and scales a row has.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Shape {
     pub(crate) rows: usize,
+    /// Rows that stand side by side: [`GROUP`], or all of few.
+    pub(crate) side: usize,
     pub(crate) n_runs: usize,
     pub(crate) leaf_runs: usize,
     pub(crate) n_scales: usize,
@@ -99,12 +99,18 @@ impl Shape {
         let (n_runs, leaf_runs) = (columns / BLOCK, leaf_columns / BLOCK);
         let scale_runs = precision.scale_runs();
         let n_scales = leaf_runs.div_ceil(scale_runs) * (columns / leaf_columns.max(1));
-        Self { rows, n_runs, leaf_runs, n_scales, scale_runs }
+        let side = if rows <= FEW { rows } else { GROUP };
+        Self { rows, side, n_runs, leaf_runs, n_scales, scale_runs }
     }
 
     /// Integers of a group of rows.
     pub(crate) fn group_len(&self, terms: usize) -> usize {
-        self.n_runs * GROUP * BLOCK * terms
+        self.n_runs * self.side * BLOCK * terms
+    }
+
+    /// Where a row's run begins among its group's integers.
+    pub(crate) fn place(&self, terms: usize, run: usize, lane: usize) -> usize {
+        (run * self.side + lane) * BLOCK * terms
     }
 
     /// The runs of a scale.
@@ -234,16 +240,16 @@ fn quantise_rows<const TERMS: usize>(
             let runs = shape.runs_of(scale);
             let x = &x[row * columns..][runs.start * BLOCK..runs.end * BLOCK];
             let (d, inverse) = scale_of(x, to.precision.limit());
-            let at = (group * shape.n_scales + scale) * GROUP + lane;
+            let at = (group * shape.n_scales + scale) * shape.side + lane;
             // SAFETY: every thread has scales of its own, and with them runs of its own.
             unsafe { to.d.set(at, d) };
             for (run, x) in runs.zip(x.chunks_exact(BLOCK)) {
-                let first = group * shape.group_len(TERMS) + place(TERMS, run, lane);
+                let first = group * shape.group_len(TERMS) + shape.place(TERMS, run, lane);
                 let term = |t: usize| first + t * BLOCK..first + (t + 1) * BLOCK;
                 // SAFETY: as above.
                 let q = std::array::from_fn(|t| unsafe { to.q.range(term(t)) });
                 let [left, right] = quantise_run(x, inverse, q);
-                let at = (group * shape.n_runs + run) * GROUP + lane;
+                let at = (group * shape.n_runs + run) * shape.side + lane;
                 // SAFETY: as above.
                 unsafe { to.sum.set(at, left.wrapping_add(right) as f32) };
                 // SAFETY: as above.
@@ -331,7 +337,7 @@ mod tests {
                     for run in a.shape.runs_of(scale) {
                         let at = (row / GROUP * a.shape.n_runs + run) * GROUP + row % GROUP;
                         let q = &a.q()[row / GROUP * a.shape.group_len(terms)..];
-                        let q = &q[place(terms, run, row % GROUP)..];
+                        let q = &q[a.shape.place(terms, run, row % GROUP)..];
                         let integer = |k: usize| crate::linear::integer(terms, q, k);
                         for (k, &value) in x[run * BLOCK..][..BLOCK].iter().enumerate() {
                             let back = d * integer(k) as f32;

@@ -6,7 +6,6 @@ use std::ops::Range;
 
 use super::blocks::{Blocks, RUN, Scales};
 use super::tiles::{FIFTHS, LINE, TOPS, quant_bytes};
-use crate::activation::{GROUP, place};
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
@@ -30,7 +29,7 @@ pub(crate) fn runs<B: Blocks, const M: usize, const TERMS: usize>(
     first: usize,
 ) -> Sums<M> {
     debug_assert!(w.quants.len() >= runs.end * quant_bytes(B::BITS));
-    debug_assert!(x.sum.len() >= runs.end * GROUP && first + M <= GROUP);
+    debug_assert!(x.sum.len() >= runs.end * x.side && first + M <= x.side);
     let mut acc = [_mm512_setzero_ps(); M];
     // SAFETY: the tile has these runs (callers loop over its runs; asserted above in debug builds),
     // with scales for 16 rows, and every row of activations has 32 columns of each.
@@ -80,7 +79,7 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
         let (scale, min) = scales::<B>(w, b);
         for row in 0..M {
             acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, acc[row]);
-            let sum = || _mm512_set1_ps(*x.sum.get_unchecked(b * GROUP + first + row));
+            let sum = || _mm512_set1_ps(*x.sum.get_unchecked(b * x.side + first + row));
             acc[row] = match B::SCALES {
                 Scales::Plain | Scales::Halves => acc[row],
                 Scales::Min => _mm512_fmadd_ps(min, sum(), acc[row]),
@@ -158,7 +157,7 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
         let (left, right) = unsafe { vectors::<B, M>(w, b, j) };
         for row in 0..M {
             let four = |term: usize, column: usize| {
-                let at = place(TERMS, b, first + row) + term * RUN + column;
+                let at = x.place(TERMS, b, first + row) + term * RUN + column;
                 // SAFETY: as above.
                 _mm512_set1_epi32(unsafe { x.q.as_ptr().add(at).cast::<i32>().read_unaligned() })
             };
@@ -218,7 +217,7 @@ fn fetch_scales<B: Blocks>(w: &TileWeights<'_>, b: usize) {
 unsafe fn halves(x: &Group<'_>, b: usize, row: usize) -> __m512i {
     // SAFETY: the caller's promise; a pair of 16 bits is 32, of any alignment.
     unsafe {
-        let pair = x.halves.as_ptr().add(b * GROUP + row).cast::<i32>();
+        let pair = x.halves.as_ptr().add(b * x.side + row).cast::<i32>();
         _mm512_set1_epi32(pair.read_unaligned())
     }
 }

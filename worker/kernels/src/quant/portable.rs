@@ -6,7 +6,6 @@ use std::ops::Range;
 use half::f16;
 
 use super::blocks::{Blocks, RUN};
-use crate::activation::{GROUP, place};
 use crate::linear::{Group, TileWeights, integer};
 use crate::matrix::TILE_ROWS;
 
@@ -49,11 +48,11 @@ fn run<B: Blocks, const M: usize, const TERMS: usize>(
         let u: [i32; RUN] = std::array::from_fn(|k| w.integer::<B>(b, lane, k) - B::ZERO);
         let (scale, min) = w.scale_and_min::<B>(b, lane, 0);
         for row in 0..M {
-            let q = &x.q[place(TERMS, b, first + row)..];
+            let q = &x.q[x.place(TERMS, b, first + row)..];
             let dot = (0..RUN).fold(0i32, |dot, k| dot + u[k] * integer(TERMS, q, k));
             acc[row][lane] = (dot as f32).mul_add(scale, acc[row][lane]);
             if B::SCALES.has_min() {
-                let sum = x.sum[b * GROUP + first + row];
+                let sum = x.sum[b * x.side + first + row];
                 acc[row][lane] = min.mul_add(sum, acc[row][lane]);
             }
         }
@@ -79,7 +78,7 @@ fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
                 scale * (w.integer::<B>(b, lane, k) - B::ZERO)
             });
             for row in 0..M {
-                let q = &x.q[place(TERMS, b, first + row)..];
+                let q = &x.q[x.place(TERMS, b, first + row)..];
                 for (k, u) in u.iter().enumerate() {
                     dots[row] = dots[row].wrapping_add(u.wrapping_mul(integer(TERMS, q, k)));
                 }

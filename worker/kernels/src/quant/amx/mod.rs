@@ -98,7 +98,9 @@ pub(crate) unsafe fn run_tiles<'a, B: Blocks>(
             let n = n.min(MAX_GROUPS * GROUP);
             let mut groups = [const { None }; MAX_GROUPS];
             for (i, slot) in groups.iter_mut().enumerate().take(n.div_ceil(GROUP)) {
-                *slot = Some(group(first / GROUP + i));
+                let group = group(first / GROUP + i);
+                assert_eq!(group.side, GROUP, "registers take whole groups");
+                *slot = Some(group);
             }
             let pass = Pass { tiles, groups: &groups, rows: first..first + n, sum, store, scratch };
             // SAFETY: the caller's promise.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::super::avx512::{scales, vectors};
 use super::super::blocks::{Blocks, RUN, Scales};
 use super::{Lanes, Product, Scratch, Sums, TERMS, WINDOW, Window, add_scaled, put};
-use crate::activation::{GROUP, place};
+use crate::activation::GROUP;
 use crate::linear::{Group, TileWeights};
 use crate::tile_registers::{REGISTER, Registers, load, multiply, store, zero};
 
@@ -157,7 +157,7 @@ unsafe fn products<B: Blocks>(
                 };
             }
             for (i, at) in runs.enumerate() {
-                let a = group.q[place(TERMS, first_run + i, 0)..].as_ptr();
+                let a = group.q[group.place(TERMS, first_run + i, 0)..].as_ptr();
                 if Shape::<B>::COMBINED {
                     for t in 0..n_tiles {
                         let b = scratch.weights[t][at].as_ptr();

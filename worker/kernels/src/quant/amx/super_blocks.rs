@@ -10,7 +10,6 @@ use std::ops::Range;
 use super::super::avx512::{integer_scales, vectors};
 use super::super::blocks::{Blocks, RUN};
 use super::{Product, Scratch, Sums, TERMS, Window, add_scaled, put};
-use crate::activation::place;
 use crate::linear::{Group, TileWeights};
 use crate::tile_registers::{REGISTER, Registers, load, multiply, store, zero};
 
@@ -132,7 +131,7 @@ unsafe fn products(runs: Range<usize>, group: &Group<'_>, weights: &[[u8; REGIST
     unsafe {
         zero!(0, 1, 2, 3);
         for (b, weights) in runs.zip(weights) {
-            let a = group.q[place(TERMS, b, 0)..].as_ptr();
+            let a = group.q[group.place(TERMS, b, 0)..].as_ptr();
             load!(4, a, STRIDE);
             load!(6, weights.as_ptr(), 64usize);
             multiply!("tdpbsud", 0, 4, 6);
