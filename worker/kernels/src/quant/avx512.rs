@@ -9,7 +9,10 @@ use super::tiles::{FIFTHS, LINE, TOPS, quant_bytes};
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
-/// Bytes of quants that a lone row of activations fetches ahead. Scales it fetches a tile ahead.
+/// Rows of activations, at most, that fetch weights ahead: with more, products take longer.
+const FETCHING: usize = 4;
+
+/// Bytes of quants that they fetch ahead. Scales are fetched a tile ahead.
 const AHEAD: usize = 2048;
 
 type Sums<const M: usize> = [__m512; M];
@@ -73,7 +76,7 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
             }
         }
         let dots = dots::<B, M, TERMS, ALL>(w, b, x, first, offsets);
-        if M == 1 {
+        if const { M <= FETCHING } {
             fetch_scales::<B>(w, b);
         }
         let (scale, min) = scales::<B>(w, b);
@@ -107,7 +110,7 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for b in runs.clone() {
-            if M == 1 {
+            if const { M <= FETCHING } {
                 fetch_scales::<B>(w, b);
             }
             let (left, right) = integer_scales(w, b);
@@ -280,7 +283,7 @@ pub(super) unsafe fn vectors<B: Blocks, const M: usize>(
     // SAFETY: in bounds by the caller's promise; a prefetch may point anywhere.
     unsafe {
         let load = |at: usize| {
-            if M == 1 {
+            if const { M <= FETCHING } {
                 let mut ahead = quants + at + AHEAD;
                 if ahead >= w.quants.len() {
                     ahead += w.len - w.quants.len();
