@@ -13,7 +13,7 @@ use crate::matrix::TILE_ROWS;
 const FETCHING: usize = 4;
 
 /// Bytes of quants that they fetch ahead. Scales are fetched a tile ahead.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 8192;
 
 type Sums<const M: usize> = [__m512; M];
 
