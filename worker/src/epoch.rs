@@ -19,6 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::ask::Ask;
 use crate::engine::kv_blocks::blocks_for;
 use crate::engine::step::{Entry, Kind, Limits, StepPlan};
+use crate::engine::timeline::Timeline;
 use crate::engine::{self, Handle, Lead, Rank, follower, scheduler};
 use crate::metrics::{self, Figures};
 use crate::model::families;
@@ -133,6 +134,8 @@ pub struct Epoch {
     pub left: OnceLock<String>,
     /// Set on the lead before it says Ready.
     pub lead: OnceLock<Handle>,
+    /// Of its steps since it was ready.
+    pub timeline: Arc<Timeline>,
     pub progress: watch::Sender<Progress>,
 }
 
@@ -252,6 +255,7 @@ impl Life {
         let (rank, result) = match warm_up(&mut rank, self.epoch.rank, join_deadline) {
             Ok(()) => {
                 rank.mesh_mut().set_step_timeout(self.spec.step_timeout);
+                rank.measure_into(Arc::clone(&self.epoch.timeline));
                 ready.load_ms = self.log_ready(&ready, [began, loaded_at, allocated_at]);
                 self.serve(rank, limits, ready)
             }

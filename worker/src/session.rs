@@ -213,6 +213,7 @@ impl Session {
             abort: AbortHandle::new().map_err(|error| Error::Os { reason: error.to_string() })?,
             left: OnceLock::new(),
             lead: OnceLock::new(),
+            timeline: Arc::default(),
             progress: watch::Sender::new(Progress::Connecting),
         });
         let (sender, handover) = sync_channel(1);

@@ -56,6 +56,8 @@ struct Stream {
 struct Owner {
     stream: StreamId,
     request_id: u64,
+    /// Since when it waits for its first step; none once that came.
+    queued: Option<Instant>,
 }
 
 impl Lead {
@@ -159,7 +161,8 @@ impl Lead {
         match self.scheduler.submit(spec) {
             Ok(id) => {
                 stream.live.insert(request_id, id);
-                self.owners.insert(id, Owner { stream: stream_id, request_id });
+                let queued = Some(Instant::now());
+                self.owners.insert(id, Owner { stream: stream_id, request_id, queued });
             }
             Err(refusal) => stream.events.push(Event {
                 request_id,
@@ -174,10 +177,12 @@ impl Lead {
     /// One step of all ranks, its tokens into the streams' next messages.
     fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
+        self.end_queueing(began);
         self.chooser.begin(&self.scheduler, &self.plan)?;
         self.rank.lead(&mut self.plan)?;
         self.last_plan = Instant::now();
         self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
+        self.rank.end_step();
         self.measure(began.elapsed());
         for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
             if choice.token.is_none() && choice.prompt_tokens.is_empty() {
@@ -190,7 +195,10 @@ impl Lead {
             }
             let is_first = choice.token.is_some() && sequence.n_generated() == 0;
             let n_cached = if is_first { sequence.n_cached as u32 } else { 0 };
-            let Owner { stream, request_id } = self.owners[&sequence.id];
+            if is_first {
+                self.figures.looked_up(sequence.prompt_len, sequence.n_cached);
+            }
+            let Owner { stream, request_id, .. } = self.owners[&sequence.id];
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             stream.events.push(Event {
                 request_id,
@@ -208,7 +216,7 @@ impl Lead {
             if self.failed.iter().any(|(failed, _)| *failed == id) {
                 continue;
             }
-            let Owner { stream, request_id } = self.owners[&id];
+            let Owner { stream, request_id, .. } = self.owners[&id];
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             let mut events = stream.events.iter_mut().rev();
@@ -220,10 +228,23 @@ impl Lead {
         Ok(())
     }
 
+    /// Counts how long the sequences waited that are in their first step now.
+    fn end_queueing(&mut self, now: Instant) {
+        for entry_idx in 0..self.plan.entries.len() {
+            let sequence = self.scheduler.scheduled(entry_idx);
+            if sequence.n_generated() == 0
+                && let Some(owner) = self.owners.get_mut(&sequence.id)
+                && let Some(since) = owner.queued.take()
+            {
+                self.rank.timeline().queued(now - since);
+            }
+        }
+    }
+
     /// Ends the sequences that could not be given a token in the step just committed.
     fn end_failed(&mut self) {
         while let Some((id, reason)) = self.failed.pop() {
-            let Some(&Owner { stream, request_id }) = self.owners.get(&id) else { continue };
+            let Some(&Owner { stream, request_id, .. }) = self.owners.get(&id) else { continue };
             self.scheduler.cancel(id);
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
@@ -303,7 +324,7 @@ impl Lead {
 
     fn forget(&mut self, id: SequenceId) {
         self.chooser.forget(id);
-        if let Some(Owner { stream, request_id }) = self.owners.remove(&id)
+        if let Some(Owner { stream, request_id, .. }) = self.owners.remove(&id)
             && let Some(stream) = self.streams.get_mut(&stream)
         {
             stream.live.remove(&request_id);
@@ -315,6 +336,7 @@ impl Lead {
             n_running: self.scheduler.n_running() as u32,
             n_waiting: self.scheduler.n_waiting() as u32,
             kv_blocks_free: self.scheduler.kv().n_available(),
+            kv_blocks_cached: self.scheduler.kv().n_cached(),
             kv_blocks_total: self.scheduler.kv().n_total(),
         }
     }

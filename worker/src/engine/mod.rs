@@ -30,6 +30,7 @@ pub mod sequence;
 #[allow(clippy::unwrap_used)]
 mod simulation;
 pub mod step;
+pub mod timeline;
 
 pub use handle::{Handle, Outputs, Requests};
 pub use lead::Lead;

@@ -48,7 +48,9 @@ pub struct TokenOut {
 pub struct Load {
     pub n_running: u32,
     pub n_waiting: u32,
+    /// Cached ones included.
     pub kv_blocks_free: u32,
+    pub kv_blocks_cached: u32,
     pub kv_blocks_total: u32,
 }
 
