@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::models;
 use crate::signals;
+use crate::traces::{Tracing, finish};
 use crate::values::{Backend, Bytes, Cores, Registry, Transport};
 
 const EXAMPLES: &str = "Examples:
@@ -83,12 +84,20 @@ pub struct Options {
     /// Longest wait for running sequences when asked to stop, in seconds.
     #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u32,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tracing: Tracing,
 }
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let shutdown = signals::shutdown_token()?;
-    evener_worker::run(options.into_worker()?, shutdown).await?;
-    Ok(())
+    let tracing = options.tracing.clone();
+    let mut options = options.into_worker()?;
+    let tracer = tracing.start("evener-worker", options.worker_id.to_string())?;
+    options.tracer = tracer.clone();
+    let result = evener_worker::run(options, shutdown).await;
+    finish(tracer).await;
+    Ok(result?)
 }
 
 impl Options {

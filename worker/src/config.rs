@@ -7,6 +7,7 @@ use std::time::Duration;
 
 pub use evener_collective::Transport;
 use evener_proto::ids::{ModelName, WorkerId};
+use evener_telemetry::Tracer;
 
 use crate::backend;
 use crate::registration;
@@ -50,6 +51,8 @@ pub struct Options {
     pub registry: Option<registration::Options>,
     /// How long running sequences may take to finish once shutdown is asked for.
     pub drain_timeout: Duration,
+    /// Takes the spans of requests that are traced; off by default.
+    pub tracer: Tracer,
 }
 
 /// Where a worker's threads run.
@@ -110,6 +113,7 @@ impl Options {
             transport: Transport::Auto,
             registry: None,
             drain_timeout: Duration::from_secs(20),
+            tracer: Tracer::default(),
         }
     }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use evener_collective::{
     AbortHandle, Collective, GroupSpec, Mesh, Options as MeshOptions, Rendezvous, Tag,
 };
+use evener_telemetry::Tracer;
 use tokio::sync::watch;
 
 use crate::backend::{self, Backend, KV_BLOCK_LEN, Loaded};
@@ -53,6 +54,7 @@ pub struct Spec {
     pub kv_memory_bytes: Option<u64>,
     /// Ranks of this group on this host.
     pub n_local_ranks: usize,
+    pub tracer: Tracer,
 }
 
 /// How far an epoch is.
@@ -255,7 +257,8 @@ impl Life {
         let (rank, result) = match warm_up(&mut rank, self.epoch.rank, join_deadline) {
             Ok(()) => {
                 rank.mesh_mut().set_step_timeout(self.spec.step_timeout);
-                rank.measure_into(Arc::clone(&self.epoch.timeline));
+                let timeline = Arc::clone(&self.epoch.timeline);
+                rank.measure_into(timeline, self.spec.tracer.clone());
                 ready.load_ms = self.log_ready(&ready, [began, loaded_at, allocated_at]);
                 self.serve(rank, limits, ready)
             }

@@ -12,6 +12,7 @@ use evener_proto::MAX_MESSAGE_BYTES;
 use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
 use evener_proto::worker as proto;
 use evener_proto::worker::worker_server::{Worker, WorkerServer};
+use evener_telemetry::{Context, Incoming};
 use futures::Stream;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -358,7 +359,10 @@ fn spec(submit: proto::Submit) -> Result<Spec, String> {
         max_tokens: submit.max_tokens,
         sampling,
         prompt_logprobs: submit.prompt_logprobs,
-        origin: origin(submit.user, submit.cache_salt, submit.priority)?,
+        origin: Origin {
+            trace: trace(&submit.traceparent),
+            ..origin(submit.user, submit.cache_salt, submit.priority)?
+        },
     })
 }
 
@@ -368,7 +372,13 @@ fn origin(user: String, salt: String, priority: i32) -> Result<Origin, String> {
             return Err(format!("{what} is {} bytes; {MAX_LABEL_BYTES} are allowed", text.len()));
         }
     }
-    Ok(Origin { user, salt, priority })
+    Ok(Origin { user, salt, priority, trace: None })
+}
+
+/// The span that a request is a part of, if it is sampled.
+fn trace(traceparent: &str) -> Option<Context> {
+    let incoming = Incoming::parse(traceparent)?;
+    incoming.sampled.then_some(incoming.context)
 }
 
 fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {

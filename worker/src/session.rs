@@ -294,6 +294,7 @@ impl Session {
             max_stretch: options.max_stretch,
             kv_memory_bytes: options.kv_memory_bytes,
             n_local_ranks,
+            tracer: options.tracer.clone(),
         };
         Ok((checkpoint, spec))
     }

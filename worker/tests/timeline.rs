@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use evener_collective::{Collective, Mesh, Options as MeshOptions, Tag};
+use evener_telemetry::Tracer;
 use evener_worker::backend::{Backend, Batch, Error as BackendError};
 use evener_worker::engine::sampler::Sampling;
 use evener_worker::engine::sequence::{Origin, Spec};
@@ -73,7 +74,7 @@ fn run(takes: &[Duration]) -> Vec<Reading> {
         let logits = (0..limits.max_sample_rows * width).map(|at| (at % width) as f32).collect();
         let backend = Slow { world_size, takes: takes[rank], logits, n_rows: 0 };
         let mut it = Rank::new(mesh, Box::new(backend), vocab.clone(), limits.clone());
-        it.measure_into(Arc::clone(&timelines[rank]));
+        it.measure_into(Arc::clone(&timelines[rank]), Tracer::default());
         it
     });
     let options = scheduler::Options::new(limits.clone());

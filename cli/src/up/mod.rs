@@ -23,6 +23,7 @@ pub use progress::Progress;
 
 use crate::client::Sampling;
 use crate::signals::Signals;
+use crate::traces::Tracing;
 use crate::values::{Backend, Bytes, Cores, Kv, Registry, Shares, Transport};
 
 const EXAMPLES: &str = "Examples:
@@ -81,6 +82,9 @@ pub struct Shape {
     /// Show every log line of the children here, not only warnings and errors.
     #[arg(short, long, env = "EVENER_VERBOSE")]
     pub verbose: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tracing: Tracing,
 }
 
 #[derive(Debug, Clone, Args, Serialize)]

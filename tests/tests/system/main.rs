@@ -8,3 +8,5 @@ mod registries;
 mod requests;
 mod sdk;
 mod splits;
+mod timeline;
+mod traces;

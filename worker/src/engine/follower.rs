@@ -22,7 +22,7 @@ pub fn run(rank: &mut Rank, figures: &Figures) -> Result<(), Error> {
         rank.follow(&mut plan, PLAN_WAIT)?;
         match plan.kind {
             Kind::Run => {
-                rank.end_step();
+                rank.end_step(&plan);
                 figures.stepped(0);
             }
             Kind::Rows | Kind::Heartbeat => {}

@@ -21,6 +21,7 @@ use super::rank::{LEAD, Rank};
 use super::scheduler::{Committed, Options, Scheduler};
 use super::sequence::{SequenceId, Spec};
 use super::step::{Kind, StepPlan};
+use super::traces::Traces;
 use crate::metrics::Figures;
 
 /// An idle lead sends a plan this often, so that followers know it is there.
@@ -43,6 +44,7 @@ pub struct Lead {
     /// Of the step in flight: sequences that could not be given a token, and why.
     failed: Vec<(SequenceId, String)>,
     pace: Pace,
+    traces: Traces,
 }
 
 struct Stream {
@@ -70,6 +72,7 @@ impl Lead {
         let (handle, commands) = handle::channel();
         let limits = options.limits.clone();
         let pace = Pace::new(options.max_stretch);
+        let traces = Traces::new(rank.tracer().clone());
         let lead = Self {
             rank,
             scheduler: Scheduler::new(options),
@@ -83,6 +86,7 @@ impl Lead {
             committed: Vec::with_capacity(limits.n_slots),
             failed: Vec::new(),
             pace,
+            traces,
         };
         lead.figures.set_load(lead.load());
         (handle, lead)
@@ -158,10 +162,13 @@ impl Lead {
             self.end_stream(stream_id, Some(StreamEnd::RequestIdInUse { request_id }));
             return;
         }
+        let trace = spec.origin.trace;
         match self.scheduler.submit(spec) {
             Ok(id) => {
                 stream.live.insert(request_id, id);
-                let queued = Some(Instant::now());
+                let now = Instant::now();
+                let queued = Some(now);
+                self.traces.submitted(id, trace, now);
                 self.owners.insert(id, Owner { stream: stream_id, request_id, queued });
             }
             Err(refusal) => stream.events.push(Event {
@@ -178,11 +185,12 @@ impl Lead {
     fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
         self.end_queueing(began);
+        self.traces.plan(&self.scheduler, &mut self.plan, began);
         self.chooser.begin(&self.scheduler, &self.plan)?;
         self.rank.lead(&mut self.plan)?;
         self.last_plan = Instant::now();
         self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
-        self.rank.end_step();
+        self.rank.end_step(&self.plan);
         self.measure(began.elapsed());
         for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
             if choice.token.is_none() && choice.prompt_tokens.is_empty() {
@@ -314,6 +322,7 @@ impl Lead {
         for id in stream.live.into_values() {
             self.scheduler.cancel(id);
             self.chooser.forget(id);
+            self.traces.ended(id);
             self.owners.remove(&id);
         }
         if let Some(reason) = reason {
@@ -324,6 +333,7 @@ impl Lead {
 
     fn forget(&mut self, id: SequenceId) {
         self.chooser.forget(id);
+        self.traces.ended(id);
         if let Some(Owner { stream, request_id, .. }) = self.owners.remove(&id)
             && let Some(stream) = self.streams.get_mut(&stream)
         {

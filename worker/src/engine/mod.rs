@@ -31,6 +31,7 @@ pub mod sequence;
 mod simulation;
 pub mod step;
 pub mod timeline;
+mod traces;
 
 pub use handle::{Handle, Outputs, Requests};
 pub use lead::Lead;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use evener_collective::{Collective, Mesh, Tag};
 use evener_kernels::Isa;
 use evener_kernels::peaks::{self, n_peaks};
+use evener_telemetry::Tracer;
 
 use crate::backend::{Backend, Batch};
 
@@ -17,7 +18,7 @@ use super::ask::{Ask, RowAsk};
 use super::batch::{self, Tables};
 use super::step::{Kind, Limits, StepPlan};
 use super::timeline::{Step, Timeline};
-use super::{Error, row};
+use super::{Error, row, traces};
 
 /// Rank that leads a group.
 pub const LEAD: usize = 0;
@@ -58,6 +59,7 @@ pub struct Rank {
 /// Where the time of steps is measured.
 struct Clock {
     timeline: Arc<Timeline>,
+    tracer: Tracer,
     /// The end of the last step.
     ended: Instant,
     /// Of the step under way.
@@ -67,9 +69,9 @@ struct Clock {
 }
 
 impl Clock {
-    fn new(timeline: Arc<Timeline>) -> Self {
+    fn new(timeline: Arc<Timeline>, tracer: Tracer) -> Self {
         let now = Instant::now();
-        Self { timeline, ended: now, began: now, step: Step::default() }
+        Self { timeline, tracer, ended: now, began: now, step: Step::default() }
     }
 }
 
@@ -112,7 +114,7 @@ impl Rank {
             mine: Vec::with_capacity(2 * limits.max_sample_rows),
             theirs: vec![Vec::new(); if is_lead { vocab.len() } else { 0 }],
             ask: Asking::default(),
-            clock: Clock::new(Arc::default()),
+            clock: Clock::new(Arc::default(), Tracer::default()),
             mesh,
             backend,
             limits,
@@ -158,9 +160,14 @@ impl Rank {
         self.execute(plan)
     }
 
-    /// Measures steps into `timeline` from here on.
-    pub fn measure_into(&mut self, timeline: Arc<Timeline>) {
-        self.clock = Clock::new(timeline);
+    /// Measures steps into `timeline` from here on, and those that are traced for `tracer` too.
+    pub fn measure_into(&mut self, timeline: Arc<Timeline>, tracer: Tracer) {
+        self.clock = Clock::new(timeline, tracer);
+    }
+
+    #[must_use]
+    pub fn tracer(&self) -> &Tracer {
+        &self.clock.tracer
     }
 
     #[must_use]
@@ -177,10 +184,10 @@ impl Rank {
         self.clock.began = Instant::now();
     }
 
-    /// The step of the last plan that ran is over on this rank: it goes into the timeline.
-    pub fn end_step(&mut self) -> Step {
+    /// The step of `plan`, the last that ran, is over on this rank: it goes into the timeline.
+    pub fn end_step(&mut self, plan: &StepPlan) {
         let stats = self.mesh.take_stats();
-        let Clock { timeline, ended, began, step: begun } = &mut self.clock;
+        let Clock { timeline, tracer, ended, began, step: begun } = &mut self.clock;
         let now = Instant::now();
         let waited = stats.waited.min(stats.spent);
         let step = Step {
@@ -194,7 +201,7 @@ impl Rank {
         };
         *ended = now;
         timeline.step(&step);
-        step
+        traces::record_step(tracer, plan, &step, self.mesh.rank());
     }
 
     fn execute(&mut self, plan: &StepPlan) -> Result<(), Error> {

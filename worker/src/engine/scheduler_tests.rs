@@ -32,7 +32,7 @@ fn common(prompt_len: usize, max_tokens: u32) -> Spec {
 }
 
 fn of(user: &str, priority: i32, spec: Spec) -> Spec {
-    Spec { origin: Origin { user: user.to_owned(), salt: String::new(), priority }, ..spec }
+    Spec { origin: Origin { user: user.to_owned(), priority, ..Origin::default() }, ..spec }
 }
 
 /// (slot, start, tokens, sampled)

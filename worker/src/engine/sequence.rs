@@ -3,6 +3,8 @@
 //!
 //! Only the lead rank has them. It does not know blocks of others, steps or streams of bytes.
 
+use evener_telemetry::Context;
+
 use super::fairness::Account;
 use super::kv_blocks::BlockTable;
 use super::names::{Chain, Name};
@@ -34,6 +36,8 @@ pub struct Origin {
     pub salt: String,
     /// Lower is sooner; 0 is ordinary.
     pub priority: i32,
+    /// The span it is a part of, if its request is traced.
+    pub trace: Option<Context>,
 }
 
 /// Why a sequence ended by itself.

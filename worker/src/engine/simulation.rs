@@ -118,7 +118,7 @@ impl Simulation {
             n_prompt_rows: if prompt_logprobs { prompt.len() as u32 - 1 } else { 0 },
             tokens: prompt.clone(),
         };
-        let origin = Origin { user, salt, priority };
+        let origin = Origin { user, salt, priority, trace: None };
         let sampling = Sampling::default();
         let spec = Spec { prompt, max_tokens, sampling, prompt_logprobs, origin };
         if let Ok(id) = self.scheduler.submit(spec) {
