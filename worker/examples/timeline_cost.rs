@@ -34,6 +34,6 @@ fn main() -> Result<(), evener_collective::Error> {
     }
     let each = started.elapsed().as_nanos() / u128::from(STEPS);
     println!("{each} ns a step, over {STEPS} steps");
-    assert_eq!(timeline.read(Instant::now()).n_tokens, STEPS.into());
+    assert_eq!(timeline.read(Instant::now()).n_tokens, u64::from(STEPS));
     Ok(())
 }

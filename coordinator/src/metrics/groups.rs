@@ -180,7 +180,8 @@ impl<'a> Page<'a, '_> {
 
     fn family(&mut self, about: About, kind: MetricType) -> Result<MetricEncoder<'_>, fmt::Error> {
         let (name, help, unit) = about;
-        self.encoder.encode_descriptor(name, help, unit, kind)
+        // As the registry writes those of its own.
+        self.encoder.encode_descriptor(name, &format!("{help}."), unit, kind)
     }
 
     fn with_leads(&self) -> Vec<(OfGroup<'a>, &'a Lead)> {

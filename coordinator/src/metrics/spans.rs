@@ -13,7 +13,7 @@ pub(super) struct Spans(pub(super) Tracer);
 impl Collector for Spans {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let Some(counts) = self.0.counts() else { return Ok(()) };
-        let help = "Spans recorded, and of those exported to the collector or failed to be";
+        let help = "Spans recorded, and of those exported to the collector or failed to be.";
         let mut family = encoder.encode_descriptor("spans", help, None, MetricType::Counter)?;
         let results = [
             ("recorded", counts.recorded),

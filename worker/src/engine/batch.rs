@@ -156,6 +156,7 @@ mod tests {
             entries: entries.to_vec(),
             tokens: (0..n_tokens).collect(),
             blocks: blocks.to_vec(),
+            traces: Vec::new(),
         }
     }
 

@@ -348,6 +348,7 @@ mod tests {
             tokens: (100..121).collect(),
             blocks: vec![31, 7],
             rows: vec![15],
+            traces: Context::from_words([1, 2, 3, 4, 5, 6]).into_iter().collect(),
         }
     }
 
@@ -398,6 +399,13 @@ mod tests {
         check(|p| p.blocks = vec![0; 65], "number of blocks 65");
         check(|p| p.rows[0] = 16, "row 16");
         check(|p| p.rows = vec![0; 17], "number of rows 17");
+        check(|p| p.traces = vec![p.traces[0]; 5], "number of traces 5");
+        let mut bytes = Vec::new();
+        plan().encode(&mut bytes);
+        let trace_at = bytes.len() - 4 * TRACE_WORDS;
+        bytes[trace_at..].fill(0);
+        let error = StepPlan::default().decode(&bytes, &LIMITS).unwrap_err();
+        assert!(error.to_string().contains("id of a trace 0"), "{error}");
     }
 
     #[test]
