@@ -142,7 +142,7 @@ impl Lead {
                 let opened = Stream { sink, live: HashMap::new(), events: Vec::new() };
                 self.streams.insert(stream, opened);
             }
-            Command::Submit { stream, request_id, spec } => self.submit(stream, request_id, spec),
+            Command::Submit { stream, request_id, spec } => self.submit(stream, request_id, *spec),
             Command::Cancel { stream, request_id } => {
                 let live = self.streams.get(&stream).and_then(|s| s.live.get(&request_id));
                 if let Some(&id) = live {
