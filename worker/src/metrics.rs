@@ -18,6 +18,8 @@ pub struct Figures {
     tokens_total: AtomicU64,
     steps_total: AtomicU64,
     preemptions_total: AtomicU64,
+    drafted_total: AtomicU64,
+    drafts_right_total: AtomicU64,
     resident_weight_bytes: AtomicU64,
     last_reading: Mutex<Option<Reading>>,
 }
@@ -49,6 +51,12 @@ impl Figures {
         self.preemptions_total.fetch_add(n, Ordering::Relaxed);
     }
 
+    /// The lead verified `n_drafts`, of which `n_right` were right.
+    pub(crate) fn speculated(&self, n_drafts: u64, n_right: u64) {
+        self.drafted_total.fetch_add(n_drafts, Ordering::Relaxed);
+        self.drafts_right_total.fetch_add(n_right, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_resident_weight_bytes(&self, bytes: u64) {
         self.resident_weight_bytes.store(bytes, Ordering::Relaxed);
     }
@@ -78,6 +86,18 @@ impl Figures {
     #[must_use]
     pub fn preemptions_total(&self) -> u64 {
         self.preemptions_total.load(Ordering::Relaxed)
+    }
+
+    /// Tokens that were drafted and verified; lead only.
+    #[must_use]
+    pub fn drafted_total(&self) -> u64 {
+        self.drafted_total.load(Ordering::Relaxed)
+    }
+
+    /// Those of them that were right.
+    #[must_use]
+    pub fn drafts_right_total(&self) -> u64 {
+        self.drafts_right_total.load(Ordering::Relaxed)
     }
 
     /// Weights in memory, whether an epoch uses them or not.
