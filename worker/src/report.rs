@@ -79,6 +79,8 @@ pub fn load(session: &Session) -> LoadReport {
         tokens_per_s: figures.tokens_per_s(Instant::now()),
         tokens_total: figures.tokens_total(),
         steps_total: figures.steps_total(),
+        drafted_total: figures.drafted_total(),
+        drafts_right_total: figures.drafts_right_total(),
         ..LoadReport::default()
     };
     let Some(epoch) = session.current() else { return report };

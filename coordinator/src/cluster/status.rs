@@ -123,6 +123,8 @@ fn worker_page(state: &State, groups: &[Shown<'_>], worker: &Worker) -> Value {
             "tokens_per_s": load.tokens_per_s,
             "tokens_total": load.tokens_total,
             "steps_total": load.steps_total,
+            "drafted_total": load.drafted_total,
+            "drafts_right_total": load.drafts_right_total,
             "load_bytes_done": load.load_bytes_done,
             "load_bytes_total": load.load_bytes_total,
             "reported_unix_ms": load.unix_ms,
