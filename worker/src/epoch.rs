@@ -51,6 +51,7 @@ pub struct Spec {
     pub max_running: usize,
     pub max_waiting: usize,
     pub max_stretch: f64,
+    pub max_drafts: usize,
     pub kv_memory_bytes: Option<u64>,
     /// Ranks of this group on this host.
     pub n_local_ranks: usize,
@@ -438,6 +439,7 @@ impl Life {
             limits,
             max_waiting: self.spec.max_waiting,
             max_stretch: self.spec.max_stretch,
+            max_drafts: self.spec.max_drafts,
             model: self.checkpoint.description.fingerprint.clone(),
         };
         let (handle, mut lead) = Lead::new(rank, options, Arc::clone(&self.figures));

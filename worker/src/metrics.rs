@@ -21,6 +21,8 @@ pub struct Figures {
     preemptions_total: AtomicU64,
     prompt_tokens_total: AtomicU64,
     cached_tokens_total: AtomicU64,
+    drafted_total: AtomicU64,
+    drafts_right_total: AtomicU64,
     resident_weight_bytes: AtomicU64,
     last_reading: Mutex<Option<Reading>>,
 }
@@ -57,6 +59,12 @@ impl Figures {
     pub(crate) fn looked_up(&self, n_tokens: usize, n_cached: usize) {
         self.prompt_tokens_total.fetch_add(n_tokens as u64, Ordering::Relaxed);
         self.cached_tokens_total.fetch_add(n_cached as u64, Ordering::Relaxed);
+    }
+
+    /// The lead verified `n_drafts`, of which `n_right` were right.
+    pub(crate) fn speculated(&self, n_drafts: u64, n_right: u64) {
+        self.drafted_total.fetch_add(n_drafts, Ordering::Relaxed);
+        self.drafts_right_total.fetch_add(n_right, Ordering::Relaxed);
     }
 
     pub(crate) fn set_resident_weight_bytes(&self, bytes: u64) {
@@ -97,6 +105,18 @@ impl Figures {
     pub fn prefix_tokens_total(&self) -> (u64, u64) {
         let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
         (load(&self.prompt_tokens_total), load(&self.cached_tokens_total))
+    }
+
+    /// Tokens that were drafted and verified; lead only.
+    #[must_use]
+    pub fn drafted_total(&self) -> u64 {
+        self.drafted_total.load(Ordering::Relaxed)
+    }
+
+    /// Those of them that were right.
+    #[must_use]
+    pub fn drafts_right_total(&self) -> u64 {
+        self.drafts_right_total.load(Ordering::Relaxed)
     }
 
     /// Weights in memory, whether an epoch uses them or not.

@@ -87,6 +87,8 @@ pub fn load(session: &Session) -> LoadReport {
         kv_blocks_cached: load.kv_blocks_cached,
         prompt_tokens_total,
         cached_tokens_total,
+        drafted_total: figures.drafted_total(),
+        drafts_right_total: figures.drafts_right_total(),
         ..LoadReport::default()
     };
     let Some(epoch) = session.current() else { return report };

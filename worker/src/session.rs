@@ -292,6 +292,7 @@ impl Session {
             max_running,
             max_waiting: options.max_waiting,
             max_stretch: options.max_stretch,
+            max_drafts: options.max_drafts,
             kv_memory_bytes: options.kv_memory_bytes,
             n_local_ranks,
             tracer: options.tracer.clone(),

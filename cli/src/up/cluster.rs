@@ -348,6 +348,7 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
             ("--backend", &values::flag(shape.backend)),
             ("--transport", &values::flag(shape.transport)),
             ("--threads", &plan.threads.to_string()),
+            ("--speculate", &shape.speculate.to_string()),
             (
                 "--cores",
                 &plan.cores.get(rank).map_or(Cores::None, |c| Cores::List(c.clone())).to_string(),

@@ -129,6 +129,8 @@ fn worker_page(state: &State, groups: &[Shown<'_>], worker: &Worker) -> Value {
             "kv_blocks_cached": load.kv_blocks_cached,
             "prompt_tokens_total": load.prompt_tokens_total,
             "cached_tokens_total": load.cached_tokens_total,
+            "drafted_total": load.drafted_total,
+            "drafts_right_total": load.drafts_right_total,
             "load_bytes_done": load.load_bytes_done,
             "load_bytes_total": load.load_bytes_total,
             "reported_unix_ms": load.unix_ms,

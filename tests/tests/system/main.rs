@@ -1,5 +1,6 @@
 //! The system tests: one binary, because each starts real clusters and links the same client.
 
+mod drafts;
 mod drain;
 mod failures;
 mod first_light;

@@ -20,6 +20,7 @@ use super::pace::Pace;
 use super::rank::{LEAD, Rank};
 use super::scheduler::{Committed, Options, Scheduler};
 use super::sequence::{SequenceId, Spec};
+use super::speculation::Speculation;
 use super::step::{Kind, StepPlan};
 use super::traces::Traces;
 use crate::metrics::Figures;
@@ -45,6 +46,7 @@ pub struct Lead {
     failed: Vec<(SequenceId, String)>,
     pace: Pace,
     traces: Traces,
+    speculation: Speculation,
 }
 
 struct Stream {
@@ -73,6 +75,7 @@ impl Lead {
         let limits = options.limits.clone();
         let pace = Pace::new(options.max_stretch);
         let traces = Traces::new(rank.tracer().clone());
+        let speculation = Speculation::new(options.max_drafts, limits.n_slots);
         let lead = Self {
             rank,
             scheduler: Scheduler::new(options),
@@ -83,10 +86,11 @@ impl Lead {
             last_plan: Instant::now(),
             plan: StepPlan::with_room(&limits),
             chooser: Chooser::default(),
-            committed: Vec::with_capacity(limits.n_slots),
+            committed: Vec::with_capacity(limits.max_sample_rows),
             failed: Vec::new(),
             pace,
             traces,
+            speculation,
         };
         lead.figures.set_load(lead.load());
         (handle, lead)
@@ -109,6 +113,7 @@ impl Lead {
             }
             self.drop_closed_streams();
             let max_prefill = self.pace.max_prefill(self.scheduler.n_decoding());
+            self.speculation.draft(&mut self.scheduler, &self.pace);
             let n_preempted = self.scheduler.n_preemptions();
             let ran = self.scheduler.schedule(&mut self.plan, max_prefill);
             self.figures.preempted(self.scheduler.n_preemptions() - n_preempted);
@@ -192,32 +197,9 @@ impl Lead {
         self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
         self.rank.end_step(&self.plan);
         self.measure(began.elapsed());
-        for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
-            if choice.token.is_none() && choice.prompt_tokens.is_empty() {
-                continue;
-            }
-            let sequence = self.scheduler.scheduled(entry_idx);
-            if let Some(reason) = choice.failure {
-                self.failed.push((sequence.id, reason));
-                continue;
-            }
-            let is_first = choice.token.is_some() && sequence.n_generated() == 0;
-            let n_cached = if is_first { sequence.n_cached as u32 } else { 0 };
-            if is_first {
-                self.figures.looked_up(sequence.prompt_len, sequence.n_cached);
-            }
-            let Owner { stream, request_id, .. } = self.owners[&sequence.id];
-            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
-            stream.events.push(Event {
-                request_id,
-                token: choice.token,
-                prompt_tokens: choice.prompt_tokens,
-                n_cached,
-                end: None,
-            });
-        }
+        self.tell();
         let mut committed = std::mem::take(&mut self.committed);
-        self.scheduler.commit(&self.plan, &self.chooser.tokens, &mut committed);
+        self.scheduler.commit(&self.plan, &self.chooser.chosen, &mut committed);
         self.figures.stepped(committed.len() as u64);
         for Committed { id, finish, .. } in committed.drain(..) {
             let Some(finish) = finish else { continue };
@@ -249,6 +231,41 @@ impl Lead {
         }
     }
 
+    /// What was chosen, into the streams' next messages.
+    fn tell(&mut self) {
+        let mut tokens = self.chooser.tokens.drain(..);
+        for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
+            let sequence = self.scheduler.scheduled(entry_idx);
+            let mut tokens = tokens.by_ref().take(choice.n_tokens);
+            let mut token = tokens.next();
+            if token.is_none() && choice.prompt_tokens.is_empty() {
+                continue;
+            }
+            if let Some(reason) = choice.failure {
+                self.failed.push((sequence.id, reason));
+                tokens.for_each(drop);
+                continue;
+            }
+            let is_first = token.is_some() && sequence.n_generated() == 0;
+            let mut n_cached = if is_first { sequence.n_cached as u32 } else { 0 };
+            let mut prompt_tokens = choice.prompt_tokens;
+            if is_first {
+                self.figures.looked_up(sequence.prompt_len, sequence.n_cached);
+            }
+            let Owner { stream, request_id, .. } = self.owners[&sequence.id];
+            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
+            loop {
+                let prompt_tokens = std::mem::take(&mut prompt_tokens);
+                let n_cached = std::mem::take(&mut n_cached);
+                stream.events.push(Event { request_id, token, prompt_tokens, n_cached, end: None });
+                token = tokens.next();
+                if token.is_none() {
+                    break;
+                }
+            }
+        }
+    }
+
     /// Ends the sequences that could not be given a token in the step just committed.
     fn end_failed(&mut self) {
         while let Some((id, reason)) = self.failed.pop() {
@@ -267,6 +284,21 @@ impl Lead {
     }
 
     fn measure(&mut self, took: Duration) {
+        let (mut n_drafts, mut n_right) = (0, 0);
+        for (entry_idx, entry) in self.plan.entries.iter().enumerate() {
+            let sequence = self.scheduler.scheduled(entry_idx);
+            if !sequence.drafts.is_empty() {
+                let n_right_here = self.chooser.choices[entry_idx].n_tokens - 1;
+                self.speculation.verified(entry.slot, sequence, n_right_here);
+                n_drafts += sequence.drafts.len();
+                n_right += n_right_here;
+            }
+        }
+        if n_drafts > 0 {
+            self.speculation.observe(self.plan.entries.len(), n_drafts, took);
+            self.figures.speculated(n_drafts as u64, n_right as u64);
+            return;
+        }
         // One token is a decode, or as cheap as one.
         let n_decodes = self.plan.entries.iter().filter(|entry| entry.n_tokens == 1).count();
         self.pace.observe(n_decodes, self.plan.tokens.len() - n_decodes, took);
@@ -292,8 +324,10 @@ impl Lead {
             if stream.events.is_empty() {
                 continue;
             }
-            // The one allocation a message costs: the reader keeps the events.
-            let room = Vec::with_capacity(stream.events.len());
+            // The one allocation a message costs: the reader keeps the events. Steps with drafts
+            // bring sometimes fewer and sometimes more of them.
+            let most = stream.events.capacity().min(self.rank.limits().max_sample_rows);
+            let room = Vec::with_capacity(most.max(stream.events.len()));
             let output = StepOutput { events: std::mem::replace(&mut stream.events, room), load };
             match stream.sink.outputs.try_send(output) {
                 Ok(()) => {}

@@ -10,7 +10,8 @@ pub struct StepOutput {
     pub load: Load,
 }
 
-/// What one step did to one sequence. After `end` no event names it again.
+/// What one step did to one sequence, or one of the tokens that it brought: those of one sequence
+/// stand one after the other. After `end` no event names it again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     pub request_id: u64,

@@ -65,9 +65,10 @@ pub struct Copy {
 pub struct Entry {
     pub slot: u32,
     /// Position of its first token: where the slot is, 0 if it is new or was freed; or further, if
-    /// the new blocks hold what comes before, the last of them by a copy if it is not full.
+    /// the new blocks hold what comes before, the last of them by a copy if it is not full; or back
+    /// among the rows sampled last, where these were drafts that were wrong.
     pub start: u32,
-    /// At least 1.
+    /// At least 1. Drafts are the last of those that are sampled.
     pub n_tokens: u32,
     pub n_blocks: u32,
     /// Of its last rows the logits are wanted.
