@@ -24,6 +24,9 @@ type OfRank<'a> = (OfGroup<'a>, [(&'static str, u32); 1]);
 
 /// Name, help and unit of a metric.
 type About = (&'static str, &'static str, Option<&'static Unit>);
+/// A metric and where its value stands.
+type Shown<T, V> = (About, fn(&T) -> V);
+type ShownHistogram = (About, fn(&Timeline) -> &Histogram);
 
 const SECONDS: Option<&Unit> = Some(&Unit::Seconds);
 const BYTES: Option<&Unit> = Some(&Unit::Bytes);
@@ -58,7 +61,7 @@ impl<'a> Page<'a, '_> {
     }
 
     fn leads(&mut self) -> fmt::Result {
-        let gauges: [(About, fn(&Lead) -> u32); 2] = [
+        let gauges: [Shown<Lead, u32>; 2] = [
             (("sequences_running", "Sequences that take part in steps", None), |it| it.n_running),
             (("sequences_waiting", "Sequences that wait for a place or KV blocks", None), |it| {
                 it.n_waiting
@@ -72,7 +75,7 @@ impl<'a> Page<'a, '_> {
             }
         }
         self.kv_blocks()?;
-        let counters: [(About, fn(&Lead) -> u64); 4] = [
+        let counters: [Shown<Lead, u64>; 4] = [
             (("engine_tokens", "Tokens that leads generated", None), |it| it.tokens_total),
             (
                 ("preemptions", "Sequences whose KV blocks were taken back as they ran", None),
@@ -127,7 +130,7 @@ impl<'a> Page<'a, '_> {
     }
 
     fn ranks(&mut self) -> fmt::Result {
-        let histograms: [(About, fn(&Timeline) -> &Histogram); 5] = [
+        let histograms: [ShownHistogram; 5] = [
             (("step", "Steps: compute, wait and transfer", SECONDS), |it| &it.step),
             (("step_compute", "Of each step: outside the collective", SECONDS), |it| &it.compute),
             (
@@ -150,7 +153,7 @@ impl<'a> Page<'a, '_> {
                 }
             }
         }
-        let counters: [(About, fn(&Timeline) -> u64); 3] = [
+        let counters: [Shown<Timeline, u64>; 3] = [
             (("step_tokens", "Tokens computed, prompts' included", None), |it| it.tokens),
             (("collective_sent", "Sent to other ranks", BYTES), |it| it.bytes_sent),
             (("collective_received", "Received from other ranks", BYTES), |it| it.bytes_received),
@@ -164,7 +167,7 @@ impl<'a> Page<'a, '_> {
                 }
             }
         }
-        let gauges: [(About, fn(&Rank) -> u64); 2] = [
+        let gauges: [Shown<Rank, u64>; 2] = [
             (("rank_weights", "Weights that a rank holds", BYTES), |it| it.resident_weight_bytes),
             (("rank_resident", "Resident memory of a rank's process", BYTES), |it| it.rss_bytes),
         ];
