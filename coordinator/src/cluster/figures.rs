@@ -62,6 +62,8 @@ fn lead(load: &Load) -> figures::Lead {
         preemptions_total: load.preemptions_total,
         prompt_tokens_total: load.prompt_tokens_total,
         cached_tokens_total: load.cached_tokens_total,
+        drafted_total: load.drafted_total,
+        drafts_right_total: load.drafts_right_total,
         queue: timeline.and_then(|t| histogram(&bounds(t)?, t.queue.as_ref())),
     }
 }

@@ -31,6 +31,9 @@ pub struct Lead {
     /// Of prompts that got a first token.
     pub prompt_tokens_total: u64,
     pub cached_tokens_total: u64,
+    /// Verified beside decodes, and those that were right.
+    pub drafted_total: u64,
+    pub drafts_right_total: u64,
     /// Of each sequence, from its arrival at the lead to its first step.
     pub queue: Option<Histogram>,
 }

@@ -75,7 +75,7 @@ impl<'a> Page<'a, '_> {
             }
         }
         self.kv_blocks()?;
-        let counters: [Shown<Lead, u64>; 4] = [
+        let counters: [Shown<Lead, u64>; 6] = [
             (("engine_tokens", "Tokens that leads generated", None), |it| it.tokens_total),
             (
                 ("preemptions", "Sequences whose KV blocks were taken back as they ran", None),
@@ -87,6 +87,10 @@ impl<'a> Page<'a, '_> {
             ),
             (("prefix_hit_tokens", "Tokens of prompts found in the prefix cache", None), |it| {
                 it.cached_tokens_total
+            }),
+            (("draft_tokens", "Tokens drafted and verified", None), |it| it.drafted_total),
+            (("draft_right_tokens", "Drafted tokens that were right", None), |it| {
+                it.drafts_right_total
             }),
         ];
         for (about, value) in counters {
