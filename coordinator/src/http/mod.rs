@@ -264,9 +264,9 @@ async fn identify(State(tracer): State<Tracer>, mut request: Request, next: Next
 
 /// Of a request that is sampled.
 fn begin_span(tracer: &Tracer, request: &Request, id: &HeaderValue) -> Option<Span> {
-    let (name, route) = match request.uri().path() {
-        "/v1/chat/completions" => ("POST /v1/chat/completions", "/v1/chat/completions"),
-        "/v1/completions" => ("POST /v1/completions", "/v1/completions"),
+    let (name, route) = match (request.method().as_str(), request.uri().path()) {
+        ("POST", "/v1/chat/completions") => ("POST /v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/completions") => ("POST /v1/completions", "/v1/completions"),
         _ => return None,
     };
     let traceparent = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
