@@ -11,6 +11,7 @@ use evener_proto::ids::ModelName;
 use serde::Serialize;
 
 use crate::signals;
+use crate::traces::{Tracing, finish};
 use crate::values::{Kv, Registry, Shares};
 
 const EXAMPLES: &str = "Examples:
@@ -57,12 +58,20 @@ pub struct Options {
     /// Longest wait for running requests when asked to stop, in seconds.
     #[arg(long, env = "EVENER_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u32,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tracing: Tracing,
 }
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let shutdown = signals::shutdown_token()?;
-    evener_coordinator::run(options.into_coordinator()?, shutdown).await?;
-    Ok(())
+    let tracing = options.tracing.clone();
+    let mut options = options.into_coordinator()?;
+    let tracer = tracing.start("evener-coordinator", options.cluster.identity.clone())?;
+    options.http.tracer = tracer.clone();
+    let result = evener_coordinator::run(options, shutdown).await;
+    finish(tracer).await;
+    Ok(result?)
 }
 
 impl Options {

@@ -13,6 +13,7 @@ mod ports;
 mod signals;
 mod status;
 mod table;
+mod traces;
 mod up;
 mod values;
 mod view;

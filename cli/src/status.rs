@@ -82,6 +82,14 @@ fn render(url: &str, view: &View) -> String {
         groups.row(group_row(view, group));
     }
     out.push_str(&groups.render("no group has been formed"));
+    let judged = |group: &&Group| group.state == "ready" && !group.balance.verdict.is_empty();
+    let mut judged = view.groups.iter().filter(judged).peekable();
+    if judged.peek().is_some() {
+        out.push_str("\nBALANCE (last 30 s)\n");
+        for group in judged {
+            out.push_str(&format!("  {}: {}\n", group.id, group.balance.verdict));
+        }
+    }
     if !view.missing.is_empty() {
         out.push_str("\nMISSING\n");
         for sentence in &view.missing {
@@ -147,6 +155,21 @@ fn group_row(view: &View, group: &Group) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::view::Balance;
+
+    #[test]
+    fn a_ready_group_has_its_balance_told() {
+        let group = |id: &str, state: &str| Group {
+            id: id.to_owned(),
+            state: state.to_owned(),
+            balance: Balance { verdict: "rank 0 is waited for".to_owned(), ..Balance::default() },
+            ..Group::default()
+        };
+        let groups = vec![group("m:0", "ready"), group("m:1", "forming")];
+        let text = render("http://x", &View { groups, ..View::default() });
+        assert!(text.contains("m:0: rank 0 is waited for"), "{text}");
+        assert!(!text.contains("m:1: "), "{text}");
+    }
 
     #[test]
     fn an_empty_cluster_says_so() {

@@ -73,6 +73,17 @@ pub struct Group {
     pub members: Vec<Member>,
     pub kv_blocks: u32,
     pub kv_format: String,
+    pub balance: Balance,
+}
+
+/// Who waits for whom in a group.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Balance {
+    /// "alone", "unknown", "no_steps", "balanced" or "uneven".
+    pub state: String,
+    /// A sentence for people.
+    pub verdict: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

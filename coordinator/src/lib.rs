@@ -44,8 +44,12 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), Er
     let cluster_shutdown = CancellationToken::new();
     let _stop_on_return = cluster_shutdown.clone().drop_guard();
     let mut cluster = cluster::start(options.cluster, cluster_shutdown.clone()).await?;
-    let (directory, status) = (cluster.directory.clone(), cluster.status.clone());
-    http::run(listener, directory, status, options.http, shutdown.cancelled_owned()).await?;
+    let view = http::View {
+        directory: cluster.directory.clone(),
+        status: cluster.status.clone(),
+        figures: cluster.figures.clone(),
+    };
+    http::run(listener, view, options.http, shutdown.cancelled_owned()).await?;
     cluster_shutdown.cancel();
     cluster.join().await;
     Ok(())

@@ -1,17 +1,27 @@
-//! What the request side counts, with unit and help; read by `GET /metrics`.
+//! What the request side counts, with unit and help; read by `GET /metrics`. What workers report
+//! stands beside it (groups.rs).
 //!
-//! Label values are bounded: endpoints and outcomes, never ids, models or text.
+//! Label values are bounded: endpoints, outcomes and deployed models, never ids or text.
 
-use std::sync::Arc;
+mod groups;
+mod spans;
+
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use evener_telemetry::{Span, Tracer};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
+use tokio::sync::watch;
+
+use crate::group::figures::Group;
+use groups::Groups;
+use spans::Spans;
 
 /// Histogram bounds in seconds, those of OpenTelemetry's generative AI conventions.
 const DURATION_S: [f64; 14] =
@@ -62,53 +72,58 @@ struct Labels {
     outcome: Outcome,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfModel {
+    /// Empty where a request named none that is deployed.
+    model: Arc<str>,
+}
+
+type Histograms = Family<OfModel, Histogram, fn() -> Histogram>;
+
 /// All of them; cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Registry>,
     requests: Family<Labels, Counter>,
     running: Gauge<i64, AtomicI64>,
-    prompt_tokens: Counter,
-    generation_tokens: Counter,
+    prompt_tokens: Family<OfModel, Counter>,
+    generation_tokens: Family<OfModel, Counter>,
     resumptions: Counter,
-    first_token_s: Histogram,
-    per_token_s: Histogram,
-    duration_s: Histogram,
-}
-
-impl Default for Metrics {
-    fn default() -> Self {
-        Self::new()
-    }
+    first_token_s: Histograms,
+    per_token_s: Histograms,
+    duration_s: Histograms,
 }
 
 impl Metrics {
+    /// `groups`: what workers report.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(groups: watch::Receiver<Arc<[Group]>>, tracer: Tracer) -> Self {
         let mut registry = Registry::with_prefix("evener");
         let requests = Family::<Labels, Counter>::default();
         registry.register("requests", "Requests by endpoint and how they ended", requests.clone());
         let running = Gauge::<i64, AtomicI64>::default();
         registry.register("requests_running", "Requests being answered now", running.clone());
-        let prompt_tokens = Counter::default();
+        let prompt_tokens = Family::<OfModel, Counter>::default();
         let help = "Prompt tokens of accepted requests";
         registry.register("prompt_tokens", help, prompt_tokens.clone());
-        let generation_tokens = Counter::default();
+        let generation_tokens = Family::<OfModel, Counter>::default();
         registry.register("generation_tokens", "Tokens generated", generation_tokens.clone());
         let resumptions = Counter::default();
         let help = "Sequences continued on a group after theirs was lost";
         registry.register("migrations", help, resumptions.clone());
-        let first_token_s = Histogram::new(FIRST_TOKEN_S);
+        let first_token_s = Histograms::new_with_constructor(|| Histogram::new(FIRST_TOKEN_S));
         let help = "From the request read to its first token";
         let name = "time_to_first_token";
         registry.register_with_unit(name, help, Unit::Seconds, first_token_s.clone());
-        let per_token_s = Histogram::new(PER_TOKEN_S);
+        let per_token_s = Histograms::new_with_constructor(|| Histogram::new(PER_TOKEN_S));
         let help = "Between two tokens of one sequence";
         let name = "inter_token_latency";
         registry.register_with_unit(name, help, Unit::Seconds, per_token_s.clone());
-        let duration_s = Histogram::new(DURATION_S);
+        let duration_s = Histograms::new_with_constructor(|| Histogram::new(DURATION_S));
         let help = "From the request read to its last byte";
         registry.register_with_unit("request_duration", help, Unit::Seconds, duration_s.clone());
+        registry.register_collector(Box::new(Groups(groups)));
+        registry.register_collector(Box::new(Spans(tracer)));
         Self {
             registry: Arc::new(registry),
             requests,
@@ -128,22 +143,21 @@ impl Metrics {
         self.running.inc();
         let started = Instant::now();
         let (metrics, ended) = (self.clone(), AtomicBool::new(false));
-        Observation { inner: Arc::new(Inner { metrics, endpoint, started, ended }) }
+        let (model, span) = (OnceLock::new(), OnceLock::new());
+        Observation { inner: Arc::new(Inner { metrics, endpoint, model, span, started, ended }) }
     }
 
     pub fn resumed(&self) {
         self.resumptions.inc();
     }
 
-    /// A sequence got tokens: `n` at once, `since_s` after the ones before (or none before).
-    pub fn generated(&self, n: u64, since_s: Option<f64>) {
-        self.generation_tokens.inc_by(n);
-        if let Some(since_s) = since_s
-            && n > 0
-        {
-            for _ in 0..n {
-                self.per_token_s.observe(since_s / n as f64);
-            }
+    /// What sequences of a model count.
+    #[must_use]
+    pub fn tokens(&self, model: &str) -> Tokens {
+        let labels = OfModel { model: model.into() };
+        Tokens {
+            generated: self.generation_tokens.get_or_create_owned(&labels),
+            per_token_s: self.per_token_s.get_or_create_owned(&labels),
         }
     }
 
@@ -158,6 +172,27 @@ impl Metrics {
     }
 }
 
+/// The counters of one model's sequences, looked up once.
+#[derive(Debug, Clone)]
+pub struct Tokens {
+    generated: Counter,
+    per_token_s: Histogram,
+}
+
+impl Tokens {
+    /// A sequence got tokens: `n` at once, `since_s` after the ones before (or none before).
+    pub fn generated(&self, n: u64, since_s: Option<f64>) {
+        self.generated.inc_by(n);
+        if let Some(since_s) = since_s
+            && n > 0
+        {
+            for _ in 0..n {
+                self.per_token_s.observe(since_s / n as f64);
+            }
+        }
+    }
+}
+
 /// One request, from read to last byte.
 #[derive(Clone)]
 pub struct Observation {
@@ -167,19 +202,50 @@ pub struct Observation {
 struct Inner {
     metrics: Metrics,
     endpoint: Endpoint,
+    model: OnceLock<Arc<str>>,
+    span: OnceLock<Span>,
     started: Instant,
     ended: AtomicBool,
 }
 
 impl Observation {
+    /// Says which deployed model it is for.
+    pub fn model(&self, name: &str) {
+        self.inner.model.get_or_init(|| name.into());
+        if let Some(span) = self.span() {
+            span.set("gen_ai.request.model", name.to_owned());
+        }
+    }
+
+    /// Says what is known to the request's span, which lasts as long as this.
+    pub fn trace(&self, span: &Span) {
+        self.inner.span.get_or_init(|| span.clone());
+    }
+
+    /// Of a request that is traced.
+    #[must_use]
+    pub fn span(&self) -> Option<&Span> {
+        self.inner.span.get()
+    }
+
+    /// The whole answer's, for its span.
+    pub fn tokens(&self, n_prompt: u64, n_generated: u64) {
+        if let Some(span) = self.span() {
+            span.set("gen_ai.usage.input_tokens", n_prompt);
+            span.set("gen_ai.usage.output_tokens", n_generated);
+        }
+    }
+
     pub fn prompt_tokens(&self, n: u64) {
-        self.inner.metrics.prompt_tokens.inc_by(n);
+        let inner = &self.inner;
+        inner.metrics.prompt_tokens.get_or_create(&inner.of_model()).inc_by(n);
     }
 
     /// The first token of any of its sequences is here.
     pub fn first_token(&self) {
         let inner = &self.inner;
-        inner.metrics.first_token_s.observe(inner.started.elapsed().as_secs_f64());
+        let histogram = inner.metrics.first_token_s.get_or_create(&inner.of_model());
+        histogram.observe(inner.started.elapsed().as_secs_f64());
     }
 
     /// Says how it ended; the first word counts.
@@ -193,10 +259,18 @@ impl Inner {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
+        if let Some(span) = self.span.get() {
+            span.set("evener.outcome", format!("{outcome:?}"));
+        }
         let labels = Labels { endpoint: self.endpoint, outcome };
         self.metrics.requests.get_or_create(&labels).inc();
         self.metrics.running.dec();
-        self.metrics.duration_s.observe(self.started.elapsed().as_secs_f64());
+        let histogram = self.metrics.duration_s.get_or_create(&self.of_model());
+        histogram.observe(self.started.elapsed().as_secs_f64());
+    }
+
+    fn of_model(&self) -> OfModel {
+        OfModel { model: self.model.get().cloned().unwrap_or_else(|| "".into()) }
     }
 }
 
@@ -213,8 +287,9 @@ mod tests {
 
     #[test]
     fn a_request_counts_once_and_the_gauge_falls_back() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::new(watch::channel(Arc::default()).1, Tracer::default());
         let observation = metrics.observe(Endpoint::completions);
+        observation.model("m");
         assert!(metrics.text().unwrap().contains("evener_requests_running 1"));
         observation.end(Outcome::ok);
         observation.end(Outcome::failed);
@@ -225,7 +300,9 @@ mod tests {
             "evener_requests_total{endpoint=\"completions\",outcome=\"ok\"} 1",
             "evener_requests_total{endpoint=\"chat_completions\",outcome=\"cancelled\"} 1",
             "evener_requests_running 0",
-            "# UNIT evener_time_to_first_token_seconds seconds",
+            "evener_request_duration_seconds_count{model=\"m\"} 1",
+            "evener_request_duration_seconds_count{model=\"\"} 1",
+            "# UNIT evener_request_duration_seconds seconds",
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");
         }

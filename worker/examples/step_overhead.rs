@@ -12,6 +12,7 @@ use evener_kernels::Isa;
 use evener_kernels::peaks::{n_peaks, peaks_of};
 use evener_worker::backend::{Backend, Batch, Error as BackendError};
 use evener_worker::engine::batch::Tables;
+use evener_worker::engine::chosen::Chosen;
 use evener_worker::engine::sampler::{Penalties, Sampling};
 use evener_worker::engine::scheduler::{self, Scheduler};
 use evener_worker::engine::sequence::{Origin, Spec};
@@ -175,7 +176,6 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
     let names = ["schedule", "encode", "decode (follower)", "tables to batch", "commit"];
     let mut took: [Vec<Duration>; 5] = Default::default();
     let mut step = 0;
-    let tokens = vec![Some(9); limits.n_slots];
     loop {
         let began = Instant::now();
         if !scheduler.schedule(&mut plan, usize::MAX) {
@@ -192,8 +192,8 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
         tables.apply(&decoded, &mut flat)?;
         took[3].push(began.elapsed());
         committed.clear();
-        let tokens = &tokens[..plan.entries.len()];
-        took[4].push(timed(|| scheduler.commit(&plan, tokens, &mut committed)));
+        let chosen: Chosen = plan.entries.iter().map(|_| Some(9)).collect();
+        took[4].push(timed(|| scheduler.commit(&plan, &chosen, &mut committed)));
     }
     for (name, took) in names.into_iter().zip(took) {
         show(name, took);

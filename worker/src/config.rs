@@ -7,8 +7,10 @@ use std::time::Duration;
 
 pub use evener_collective::Transport;
 use evener_proto::ids::{ModelName, WorkerId};
+use evener_telemetry::Tracer;
 
 use crate::backend;
+use crate::engine::speculation::MAX_DRAFTS;
 use crate::registration;
 
 /// How a worker runs.
@@ -40,6 +42,9 @@ pub struct Options {
     /// While sequences decode, prefill may make a step this many times as long as it would be
     /// without; more than 1.
     pub max_stretch: f64,
+    /// Tokens drafted from a sequence's own text and verified with its next one, where that pays;
+    /// 0 is off. Counts on the lead.
+    pub max_drafts: usize,
     /// Most tokens of one sequence; none: the model's context.
     pub max_context: Option<usize>,
     /// Messages that a stream may leave unread before it is cut off.
@@ -50,6 +55,8 @@ pub struct Options {
     pub registry: Option<registration::Options>,
     /// How long running sequences may take to finish once shutdown is asked for.
     pub drain_timeout: Duration,
+    /// Takes the spans of requests that are traced; off by default.
+    pub tracer: Tracer,
 }
 
 /// Where a worker's threads run.
@@ -105,11 +112,13 @@ impl Options {
             max_waiting: 256,
             max_batch_tokens: 512,
             max_stretch: 2.0,
+            max_drafts: 0,
             max_context: None,
             max_unread_outputs: 1024,
             transport: Transport::Auto,
             registry: None,
             drain_timeout: Duration::from_secs(20),
+            tracer: Tracer::default(),
         }
     }
 
@@ -123,6 +132,7 @@ impl Options {
             ("max_running", self.max_running, 1..=1024, "from 1 to 1024"),
             ("max_waiting", self.max_waiting, 1..=1 << 20, "from 1 to 1048576"),
             ("max_batch_tokens", self.max_batch_tokens, 1..=1 << 16, "from 1 to 65536"),
+            ("max_drafts", self.max_drafts, 0..=MAX_DRAFTS, "from 0 to 8"),
             ("max_context", self.max_context.unwrap_or(1), 1..=1 << 24, "from 1 to 16777216"),
             ("max_unread_outputs", self.max_unread_outputs, 1..=1 << 20, "from 1 to 1048576"),
         ];
@@ -169,6 +179,7 @@ mod tests {
         check(|o| o.threads = 0, "threads is 0");
         check(|o| o.max_batch_tokens = 1 << 17, "max_batch_tokens is 131072");
         check(|o| o.max_stretch = 1.0, "max_stretch is 1");
+        check(|o| o.max_drafts = 9, "max_drafts is 9; it must be from 0 to 8");
         check(|o| o.max_stretch = f64::NAN, "max_stretch is NaN");
         check(|o| o.models.clear(), "at least one");
         check(|o| o.cores = Cores::On(Vec::new()), "1 threads cannot be on 0 cores");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use evener_collective::{
     AbortHandle, Collective, GroupSpec, Mesh, Options as MeshOptions, Rendezvous, Tag,
 };
+use evener_telemetry::Tracer;
 use tokio::sync::watch;
 
 use crate::backend::{self, Backend, KV_BLOCK_LEN, Loaded};
@@ -19,6 +20,7 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::ask::Ask;
 use crate::engine::kv_blocks::blocks_for;
 use crate::engine::step::{Entry, Kind, Limits, StepPlan};
+use crate::engine::timeline::Timeline;
 use crate::engine::{self, Handle, Lead, Rank, follower, scheduler};
 use crate::metrics::{self, Figures};
 use crate::model::families;
@@ -49,9 +51,11 @@ pub struct Spec {
     pub max_running: usize,
     pub max_waiting: usize,
     pub max_stretch: f64,
+    pub max_drafts: usize,
     pub kv_memory_bytes: Option<u64>,
     /// Ranks of this group on this host.
     pub n_local_ranks: usize,
+    pub tracer: Tracer,
 }
 
 /// How far an epoch is.
@@ -133,6 +137,8 @@ pub struct Epoch {
     pub left: OnceLock<String>,
     /// Set on the lead before it says Ready.
     pub lead: OnceLock<Handle>,
+    /// Of its steps since it was ready.
+    pub timeline: Arc<Timeline>,
     pub progress: watch::Sender<Progress>,
 }
 
@@ -252,6 +258,8 @@ impl Life {
         let (rank, result) = match warm_up(&mut rank, self.epoch.rank, join_deadline) {
             Ok(()) => {
                 rank.mesh_mut().set_step_timeout(self.spec.step_timeout);
+                let timeline = Arc::clone(&self.epoch.timeline);
+                rank.measure_into(timeline, self.spec.tracer.clone());
                 ready.load_ms = self.log_ready(&ready, [began, loaded_at, allocated_at]);
                 self.serve(rank, limits, ready)
             }
@@ -431,6 +439,7 @@ impl Life {
             limits,
             max_waiting: self.spec.max_waiting,
             max_stretch: self.spec.max_stretch,
+            max_drafts: self.spec.max_drafts,
             model: self.checkpoint.description.fingerprint.clone(),
         };
         let (handle, mut lead) = Lead::new(rank, options, Arc::clone(&self.figures));

@@ -14,10 +14,15 @@ pub struct Figures {
     n_running: AtomicU32,
     n_waiting: AtomicU32,
     kv_blocks_free: AtomicU32,
+    kv_blocks_cached: AtomicU32,
     kv_blocks_total: AtomicU32,
     tokens_total: AtomicU64,
     steps_total: AtomicU64,
     preemptions_total: AtomicU64,
+    prompt_tokens_total: AtomicU64,
+    cached_tokens_total: AtomicU64,
+    drafted_total: AtomicU64,
+    drafts_right_total: AtomicU64,
     resident_weight_bytes: AtomicU64,
     last_reading: Mutex<Option<Reading>>,
 }
@@ -31,10 +36,11 @@ struct Reading {
 
 impl Figures {
     pub(crate) fn set_load(&self, load: Load) {
-        let Load { n_running, n_waiting, kv_blocks_free, kv_blocks_total } = load;
+        let Load { n_running, n_waiting, kv_blocks_free, kv_blocks_cached, kv_blocks_total } = load;
         self.n_running.store(n_running, Ordering::Relaxed);
         self.n_waiting.store(n_waiting, Ordering::Relaxed);
         self.kv_blocks_free.store(kv_blocks_free, Ordering::Relaxed);
+        self.kv_blocks_cached.store(kv_blocks_cached, Ordering::Relaxed);
         self.kv_blocks_total.store(kv_blocks_total, Ordering::Relaxed);
     }
 
@@ -49,6 +55,18 @@ impl Figures {
         self.preemptions_total.fetch_add(n, Ordering::Relaxed);
     }
 
+    /// The lead began to answer a prompt of `n_tokens`, of which `n_cached` were not computed.
+    pub(crate) fn looked_up(&self, n_tokens: usize, n_cached: usize) {
+        self.prompt_tokens_total.fetch_add(n_tokens as u64, Ordering::Relaxed);
+        self.cached_tokens_total.fetch_add(n_cached as u64, Ordering::Relaxed);
+    }
+
+    /// The lead verified `n_drafts`, of which `n_right` were right.
+    pub(crate) fn speculated(&self, n_drafts: u64, n_right: u64) {
+        self.drafted_total.fetch_add(n_drafts, Ordering::Relaxed);
+        self.drafts_right_total.fetch_add(n_right, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_resident_weight_bytes(&self, bytes: u64) {
         self.resident_weight_bytes.store(bytes, Ordering::Relaxed);
     }
@@ -59,6 +77,7 @@ impl Figures {
             n_running: self.n_running.load(Ordering::Relaxed),
             n_waiting: self.n_waiting.load(Ordering::Relaxed),
             kv_blocks_free: self.kv_blocks_free.load(Ordering::Relaxed),
+            kv_blocks_cached: self.kv_blocks_cached.load(Ordering::Relaxed),
             kv_blocks_total: self.kv_blocks_total.load(Ordering::Relaxed),
         }
     }
@@ -78,6 +97,26 @@ impl Figures {
     #[must_use]
     pub fn preemptions_total(&self) -> u64 {
         self.preemptions_total.load(Ordering::Relaxed)
+    }
+
+    /// Tokens of prompts that got a first token, and of those the ones found in the cache; lead
+    /// only.
+    #[must_use]
+    pub fn prefix_tokens_total(&self) -> (u64, u64) {
+        let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        (load(&self.prompt_tokens_total), load(&self.cached_tokens_total))
+    }
+
+    /// Tokens that were drafted and verified; lead only.
+    #[must_use]
+    pub fn drafted_total(&self) -> u64 {
+        self.drafted_total.load(Ordering::Relaxed)
+    }
+
+    /// Those of them that were right.
+    #[must_use]
+    pub fn drafts_right_total(&self) -> u64 {
+        self.drafts_right_total.load(Ordering::Relaxed)
     }
 
     /// Weights in memory, whether an epoch uses them or not.

@@ -2,9 +2,12 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use evener_proto::registry::{Device, HeldModel, LoadReport, WorkerRecord};
+use evener_proto::registry::{
+    Device, HeldModel, Histogram, LoadReport, RecentSteps, Timeline, WorkerRecord,
+};
 
 use crate::backend::Kind;
+use crate::engine::timeline::{BOUNDS_US, Counted, Reading};
 use crate::epoch::Progress;
 use crate::session::{Held, Session};
 use crate::{host, metrics};
@@ -66,6 +69,7 @@ fn backend_name(kind: Kind) -> &'static str {
 pub fn load(session: &Session) -> LoadReport {
     let figures = session.figures();
     let load = figures.load();
+    let (prompt_tokens_total, cached_tokens_total) = figures.prefix_tokens_total();
     let mut report = LoadReport {
         worker_id: session.options().worker_id.to_string(),
         unix_ms: unix_ms(),
@@ -79,6 +83,12 @@ pub fn load(session: &Session) -> LoadReport {
         tokens_per_s: figures.tokens_per_s(Instant::now()),
         tokens_total: figures.tokens_total(),
         steps_total: figures.steps_total(),
+        preemptions_total: figures.preemptions_total(),
+        kv_blocks_cached: load.kv_blocks_cached,
+        prompt_tokens_total,
+        cached_tokens_total,
+        drafted_total: figures.drafted_total(),
+        drafts_right_total: figures.drafts_right_total(),
         ..LoadReport::default()
     };
     let Some(epoch) = session.current() else { return report };
@@ -99,7 +109,36 @@ pub fn load(session: &Session) -> LoadReport {
     report.rank = epoch.rank as u32;
     report.world_size = epoch.world_size as u32;
     report.shard.clone_from(&epoch.shard);
+    report.timeline = Some(timeline(&epoch.timeline.read(Instant::now())));
     report
+}
+
+fn timeline(reading: &Reading) -> Timeline {
+    let histogram = |counted: &Counted| {
+        Some(Histogram { counts: counted.counts.to_vec(), sum_ns: counted.sum_ns })
+    };
+    let recent = &reading.recent;
+    Timeline {
+        bounds_us: BOUNDS_US.to_vec(),
+        idle: histogram(&reading.idle),
+        step: histogram(&reading.whole),
+        compute: histogram(&reading.compute),
+        wait: histogram(&reading.waited),
+        transfer: histogram(&reading.transfer),
+        queue: histogram(&reading.queued),
+        tokens: reading.n_tokens,
+        bytes_sent: reading.bytes_sent,
+        bytes_received: reading.bytes_received,
+        recent: Some(RecentSteps {
+            span_ms: u32::try_from(reading.recent_span.as_millis()).unwrap_or(u32::MAX),
+            steps: recent.n_steps,
+            idle_ns: recent.idle_ns,
+            step_ns: recent.whole_ns,
+            compute_ns: recent.compute_ns,
+            wait_ns: recent.waited_ns,
+            transfer_ns: recent.transfer_ns,
+        }),
+    }
 }
 
 fn unix_ms() -> u64 {

@@ -12,6 +12,7 @@ use evener_proto::MAX_MESSAGE_BYTES;
 use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
 use evener_proto::worker as proto;
 use evener_proto::worker::worker_server::{Worker, WorkerServer};
+use evener_telemetry::{Context, Incoming};
 use futures::Stream;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -358,7 +359,10 @@ fn spec(submit: proto::Submit) -> Result<Spec, String> {
         max_tokens: submit.max_tokens,
         sampling,
         prompt_logprobs: submit.prompt_logprobs,
-        origin: origin(submit.user, submit.cache_salt, submit.priority)?,
+        origin: Origin {
+            trace: trace(&submit.traceparent),
+            ..origin(submit.user, submit.cache_salt, submit.priority)?
+        },
     })
 }
 
@@ -368,14 +372,30 @@ fn origin(user: String, salt: String, priority: i32) -> Result<Origin, String> {
             return Err(format!("{what} is {} bytes; {MAX_LABEL_BYTES} are allowed", text.len()));
         }
     }
-    Ok(Origin { user, salt, priority })
+    Ok(Origin { user, salt, priority, trace: None })
+}
+
+/// The span that a request is a part of, if it is sampled.
+fn trace(traceparent: &str) -> Option<Context> {
+    let incoming = Incoming::parse(traceparent)?;
+    incoming.sampled.then_some(incoming.context)
 }
 
 fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
     let StepOutput { events, load } = output;
+    let mut told: Vec<proto::SequenceEvent> = Vec::with_capacity(events.len());
+    for event in events.into_iter().map(event) {
+        match told.last_mut().filter(|last| goes_on(last, &event)) {
+            Some(last) => {
+                last.tokens.extend(event.tokens);
+                last.finish = event.finish;
+            }
+            None => told.push(event),
+        }
+    }
     proto::GenerateResponse {
         epoch,
-        events: events.into_iter().map(event).collect(),
+        events: told,
         load: Some(proto::LoadSnapshot {
             running: load.n_running,
             waiting: load.n_waiting,
@@ -383,6 +403,12 @@ fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
             kv_blocks_total: load.kv_blocks_total,
         }),
     }
+}
+
+/// Whether `next` is about another token of the same step and sequence.
+fn goes_on(last: &proto::SequenceEvent, next: &proto::SequenceEvent) -> bool {
+    let runs = last.finish == i32::from(proto::FinishReason::Running) && last.error.is_none();
+    runs && last.request_id == next.request_id && next.error.is_none()
 }
 
 fn event(event: Event) -> proto::SequenceEvent {
@@ -502,5 +528,43 @@ fn stream_end(end: &StreamEnd) -> Status {
         StreamEnd::EpochOver { .. } => Status::aborted(message),
         StreamEnd::Slow { .. } => Status::resource_exhausted(message),
         StreamEnd::RequestIdInUse { .. } => Status::invalid_argument(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::output::Load;
+
+    fn token(request_id: u64, id: u32, end: Option<End>) -> Event {
+        let token = Some(TokenOut { id, logprob: None, top: Vec::new() });
+        Event { request_id, token, prompt_tokens: Vec::new(), n_cached: 0, end }
+    }
+
+    #[test]
+    fn tokens_of_one_step_and_sequence_are_one_event() {
+        let refused = End::Refused(Refusal::NothingToDo);
+        let events = vec![
+            token(1, 10, None),
+            token(1, 11, None),
+            token(1, 12, Some(End::Finished(Finish::Stop))),
+            token(2, 20, None),
+            Event { token: None, ..token(2, 0, Some(refused)) },
+            token(2, 21, None), // another request of that number
+        ];
+        let load = Load::default();
+        let response = response(3, StepOutput { events, load });
+        let brief = |event: &proto::SequenceEvent| {
+            let ids: Vec<u32> = event.tokens.iter().map(|token| token.id).collect();
+            (event.request_id, ids, event.finish(), event.error.is_some())
+        };
+        let (running, stop) = (proto::FinishReason::Running, proto::FinishReason::Stop);
+        let expect = [
+            (1, vec![10, 11, 12], stop, false),
+            (2, vec![20], running, false),
+            (2, vec![], running, true),
+            (2, vec![21], running, false),
+        ];
+        assert!(response.events.iter().map(brief).eq(expect));
     }
 }

@@ -213,6 +213,7 @@ impl Session {
             abort: AbortHandle::new().map_err(|error| Error::Os { reason: error.to_string() })?,
             left: OnceLock::new(),
             lead: OnceLock::new(),
+            timeline: Arc::default(),
             progress: watch::Sender::new(Progress::Connecting),
         });
         let (sender, handover) = sync_channel(1);
@@ -291,8 +292,10 @@ impl Session {
             max_running,
             max_waiting: options.max_waiting,
             max_stretch: options.max_stretch,
+            max_drafts: options.max_drafts,
             kv_memory_bytes: options.kv_memory_bytes,
             n_local_ranks,
+            tracer: options.tracer.clone(),
         };
         Ok((checkpoint, spec))
     }

@@ -10,6 +10,7 @@ use evener_proto::ids::ModelName;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::Shape;
 use super::preflight::Plan;
 use super::progress::Progress;
 use crate::children::{self, Child, Exit, Spec};
@@ -330,6 +331,7 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
         ("--drain-timeout", &drain),
         ("--kv", &values::flag(shape.kv)),
     ]);
+    coordinator.extend(tracing(shape));
     coordinator.insert(0, "coordinator".into());
     let mut workers_registry = registry;
     if let Some(reserved) = &plan.registry {
@@ -346,12 +348,14 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
             ("--backend", &values::flag(shape.backend)),
             ("--transport", &values::flag(shape.transport)),
             ("--threads", &plan.threads.to_string()),
+            ("--speculate", &shape.speculate.to_string()),
             (
                 "--cores",
                 &plan.cores.get(rank).map_or(Cores::None, |c| Cores::List(c.clone())).to_string(),
             ),
             ("--drain-timeout", &drain),
         ]);
+        worker.extend(tracing(shape));
         worker.insert(0, "worker".into());
         let mut model = OsString::from(format!("{}=", plan.name));
         model.push(&plan.model);
@@ -362,6 +366,11 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
         specs.push(spec(id, worker));
     }
     specs
+}
+
+fn tracing(shape: &Shape) -> Vec<OsString> {
+    let flags = shape.tracing.flags();
+    flags.into_iter().flat_map(|(flag, value)| [flag.into(), value.into()]).collect()
 }
 
 fn args(pairs: &[(&str, &str)]) -> Vec<OsString> {

@@ -23,6 +23,7 @@ pub use progress::Progress;
 
 use crate::client::Sampling;
 use crate::signals::Signals;
+use crate::traces::Tracing;
 use crate::values::{Backend, Bytes, Cores, Kv, Registry, Shares, Transport};
 
 const EXAMPLES: &str = "Examples:
@@ -65,6 +66,16 @@ pub struct Shape {
     /// How keys and values are kept.
     #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// Draft up to N tokens (at most 8) of an answer from its own text and prompt, and verify them
+    /// with its next token, where that is faster; answers stay the same. 0: never.
+    #[arg(
+        long,
+        env = "EVENER_SPECULATE",
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u8).range(..=8)
+    )]
+    pub speculate: u8,
     /// Memory each worker may use, such as 2GiB; default: what the machine has left, shared out.
     #[arg(long, env = "EVENER_MEMORY", value_name = "SIZE")]
     pub memory: Option<Bytes>,
@@ -81,6 +92,9 @@ pub struct Shape {
     /// Show every log line of the children here, not only warnings and errors.
     #[arg(short, long, env = "EVENER_VERBOSE")]
     pub verbose: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tracing: Tracing,
 }
 
 #[derive(Debug, Clone, Args, Serialize)]

@@ -3,11 +3,13 @@
 //! It publishes a [`Directory`] and a status page; it knows no request and no HTTP. [`start`] sets
 //! it going.
 
+mod balance;
 mod descriptions;
 pub mod election;
 pub mod embedded;
 pub mod embedded_grpc;
 pub mod etcd;
+mod figures;
 mod formation;
 pub mod member;
 pub mod membership;
@@ -35,10 +37,11 @@ use tokio_util::sync::CancellationToken;
 use self::embedded::Embedded;
 use self::embedded_grpc::Remote;
 use self::etcd::Etcd;
-use self::publish::Publisher;
+use self::publish::{Publications, Publisher};
 use self::records::Deployment;
 use self::registry::{Put, Registry, jitter};
 use crate::config::Place;
+use crate::group::figures::Group as GroupFigures;
 use crate::group::handle::Directory;
 
 /// What the cluster side of a coordinator needs to know.
@@ -96,6 +99,8 @@ pub struct Handles {
     pub directory: watch::Receiver<Arc<Directory>>,
     /// The body of `GET /status`.
     pub status: watch::Receiver<Arc<Value>>,
+    /// What workers report of their work.
+    pub figures: watch::Receiver<Arc<[GroupFigures]>>,
     /// Where the embedded registry listens, if it is ours.
     pub registry_address: Option<SocketAddr>,
     pub registry: Registry,
@@ -156,7 +161,7 @@ pub async fn start(options: Options, shutdown: CancellationToken) -> Result<Hand
     tasks.spawn(election::run(election, registry.clone(), leading, shutdown.clone()));
     let deploying = deploy(registry.clone(), options.deployments, shutdown.clone());
     tasks.spawn(deploying);
-    let (publisher, directory, status) = Publisher::new();
+    let (publisher, publications) = Publisher::new();
     tasks.spawn(supervisor::run(
         options.supervisor,
         options.identity,
@@ -165,7 +170,8 @@ pub async fn start(options: Options, shutdown: CancellationToken) -> Result<Hand
         publisher,
         shutdown,
     ));
-    Ok(Handles { directory, status, registry_address, registry, tasks })
+    let Publications { directory, status, figures } = publications;
+    Ok(Handles { directory, status, figures, registry_address, registry, tasks })
 }
 
 /// Writes down what people asked for, until it has worked.

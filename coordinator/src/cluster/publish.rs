@@ -9,30 +9,46 @@ use tokio::sync::watch;
 
 use super::records::{Group, GroupState};
 use super::state::State;
-use super::status;
+use super::{figures, status};
+use crate::group::figures::Group as GroupFigures;
 use crate::group::handle::{Directory, ReadyGroup};
 
-/// The writing ends of both watches.
+/// The writing ends of all watches.
 pub(super) struct Publisher {
     directory: watch::Sender<Arc<Directory>>,
     status: watch::Sender<Arc<Value>>,
+    figures: watch::Sender<Arc<[GroupFigures]>>,
+}
+
+/// The reading ends.
+pub(super) struct Publications {
+    pub(super) directory: watch::Receiver<Arc<Directory>>,
+    pub(super) status: watch::Receiver<Arc<Value>>,
+    pub(super) figures: watch::Receiver<Arc<[GroupFigures]>>,
 }
 
 impl Publisher {
-    pub(super) fn new() -> (Self, watch::Receiver<Arc<Directory>>, watch::Receiver<Arc<Value>>) {
+    pub(super) fn new() -> (Self, Publications) {
         let first = Directory {
             missing: vec!["the cluster is starting".to_owned()],
             ..Directory::default()
         };
         let (directory, directory_reader) = watch::channel(Arc::new(first));
         let (status, status_reader) = watch::channel(Arc::new(Value::Null));
-        (Self { directory, status }, directory_reader, status_reader)
+        let (figures, figures_reader) = watch::channel(Arc::default());
+        let readers = Publications {
+            directory: directory_reader,
+            status: status_reader,
+            figures: figures_reader,
+        };
+        (Self { directory, status, figures }, readers)
     }
 
     /// Publishes what has changed.
     pub(super) fn publish(&mut self, state: &State) {
         let directory = directory(state);
         self.status.send_replace(Arc::new(status::page(state, &directory)));
+        self.figures.send_replace(figures::groups(state).into());
         self.directory.send_if_modified(|standing| {
             let changed = !same(standing, &directory);
             if changed {

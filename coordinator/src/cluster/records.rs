@@ -9,8 +9,9 @@ use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
 use evener_proto::kv_format::{self, KvFormat};
 use evener_proto::registry as pb;
 
-/// A worker's load report has nothing to check: numbers, and words for people.
-pub use evener_proto::registry::LoadReport as Load;
+/// A worker's load report has nothing to check: numbers, and words for people. Whether its
+/// histograms are any is for figures.rs to see.
+pub use evener_proto::registry::{Histogram, LoadReport as Load, Timeline};
 
 /// Why a value is not a record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

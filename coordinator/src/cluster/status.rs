@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use evener_proto::ids::WorkerId;
 use serde_json::{Value, json};
 
+use super::balance;
+use super::figures;
 use super::formation::Rank;
 use super::publish::why_not;
 use super::records::{Deployment, Group, GroupState, Member, Worker};
@@ -123,6 +125,12 @@ fn worker_page(state: &State, groups: &[Shown<'_>], worker: &Worker) -> Value {
             "tokens_per_s": load.tokens_per_s,
             "tokens_total": load.tokens_total,
             "steps_total": load.steps_total,
+            "preemptions_total": load.preemptions_total,
+            "kv_blocks_cached": load.kv_blocks_cached,
+            "prompt_tokens_total": load.prompt_tokens_total,
+            "cached_tokens_total": load.cached_tokens_total,
+            "drafted_total": load.drafted_total,
+            "drafts_right_total": load.drafts_right_total,
             "load_bytes_done": load.load_bytes_done,
             "load_bytes_total": load.load_bytes_total,
             "reported_unix_ms": load.unix_ms,
@@ -162,6 +170,7 @@ fn group_page(state: &State, shown: &Shown<'_>) -> Value {
         "kv_tokens": u64::from(record.kv_blocks) * u64::from(record.kv_block_len),
         "deterministic": record.deterministic,
         "kv_format": record.kv_format.name(),
+        "balance": balance::judge(&figures::recent(state, record)).page(),
         "members": members,
     })
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use evener_proto::ids::{Epoch, GroupId};
+use evener_telemetry::{Kind, Span};
 use rand::Rng;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -15,7 +16,7 @@ use tracing::info;
 use super::{Delta, Error, Generation, Options, groups_of, kv_tokens, too_many_blocks};
 use crate::group::handle::{Directory, ReadyGroup};
 use crate::group::stream::{self, Finish, Refusal, Sampling, Sequence, Streams, Submit, Token};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Tokens};
 use crate::router;
 use crate::text::output::{Output, Piece};
 
@@ -31,19 +32,24 @@ pub struct Runner {
 }
 
 impl Runner {
+    /// `span`: of the request, if it is traced.
     #[must_use]
-    pub fn run(&self, generation: Generation) -> Run {
+    pub fn run(&self, generation: Generation, span: Option<&Span>) -> Run {
         let Generation { tokenizer, stop, sampling, .. } = &generation;
         let output = Output::new(tokenizer, stop.clone(), sampling.min_tokens);
         let started = Instant::now();
+        let tokens = self.metrics.tokens(generation.model.name.as_str());
         Run {
             runner: self.clone(),
+            tokens,
             generation,
             output,
             generated: Vec::new(),
             prompt_tokens: Vec::new(),
             prompt_done: false,
             sequence: None,
+            span: span.cloned(),
+            attempt: None,
             submitted: false,
             waiting_since: started,
             started,
@@ -59,6 +65,7 @@ impl Runner {
 /// One sequence on its way. Dropping it frees the sequence at the lead.
 pub struct Run {
     runner: Runner,
+    tokens: Tokens,
     generation: Generation,
     output: Output<Token>,
     /// Every token the engine gave, shown or not.
@@ -67,6 +74,9 @@ pub struct Run {
     prompt_done: bool,
     /// With the group it runs on.
     sequence: Option<(GroupId, Sequence)>,
+    /// Of the request and of the sequence, if they are traced.
+    span: Option<Span>,
+    attempt: Option<Span>,
     /// At least once.
     submitted: bool,
     /// Without a group, or without an answer from it.
@@ -93,6 +103,8 @@ impl Run {
         if !matches!(&result, Ok(delta) if delta.finish.is_none()) {
             self.finished = true;
             self.sequence = None; // frees it at the lead, if it still runs
+            self.attempt = None;
+            self.span = None;
         }
         result.map(Some)
     }
@@ -180,6 +192,9 @@ impl Run {
             }
         }
         self.sequence = None;
+        if let Some(attempt) = self.attempt.take() {
+            attempt.fail();
+        }
         self.failed_epoch = Some(epoch);
         if self.n_attempts == 0 {
             self.waiting_since = Instant::now();
@@ -219,6 +234,12 @@ impl Run {
     }
 
     fn submit(&mut self, group: &ReadyGroup) -> Result<Sequence, stream::Error> {
+        self.attempt = self.span.as_ref().map(|span| {
+            let attempt = span.child("generate", Kind::Client);
+            attempt.set("evener.group", group.id.to_string());
+            attempt.set("evener.epoch", group.epoch.get());
+            attempt
+        });
         let submit = self.submission();
         let sequence = self.runner.streams.submit(group, submit)?;
         if !self.generated.is_empty() {
@@ -291,6 +312,7 @@ impl Run {
             max_tokens: max_tokens.max(1),
             prompt_logprobs,
             origin: generation.origin.clone(),
+            trace: self.attempt.as_ref().map(Span::context),
         }
     }
 
@@ -346,7 +368,7 @@ impl Run {
         }
         let now = Instant::now();
         let since = self.last_token_at.map(|at| (now - at).as_secs_f64());
-        self.runner.metrics.generated(n_tokens as u64, since);
+        self.tokens.generated(n_tokens as u64, since);
         self.last_token_at = Some(now);
     }
 }

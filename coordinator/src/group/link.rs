@@ -214,7 +214,7 @@ impl Link {
 }
 
 fn to_wire(request_id: u64, submit: Submit) -> wire::Submit {
-    let Submit { prompt, sampling, max_tokens, prompt_logprobs, origin } = submit;
+    let Submit { prompt, sampling, max_tokens, prompt_logprobs, origin, trace } = submit;
     wire::Submit {
         request_id,
         prompt,
@@ -224,6 +224,7 @@ fn to_wire(request_id: u64, submit: Submit) -> wire::Submit {
         user: origin.user,
         cache_salt: origin.salt,
         priority: origin.priority,
+        traceparent: trace.map(|trace| trace.to_string()).unwrap_or_default(),
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use evener_proto::ids::Epoch;
+use evener_telemetry::Context;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -55,6 +56,8 @@ pub struct Submit {
     /// Report every prompt position but the first.
     pub prompt_logprobs: bool,
     pub origin: Origin,
+    /// The span it is a part of, if it is traced.
+    pub trace: Option<Context>,
 }
 
 /// Whose a sequence is, and how urgent.

@@ -113,7 +113,7 @@ impl Answer {
         let n_running = generations.len();
         let deltas = stream::select_all(generations.into_iter().enumerate().map(
             |(idx, generation)| -> Deltas {
-                let run = app.runner.run(generation);
+                let run = app.runner.run(generation, observation.span());
                 Box::pin(stream::unfold(run, move |mut run: Run| async move {
                     let result = run.next().await.transpose()?;
                     Some(((idx, result), run))
@@ -150,6 +150,7 @@ impl Answer {
                 self.observation.end(Outcome::failed);
                 return Err(Error::Defect);
             }
+            self.observation.tokens(self.n_prompt_tokens, self.n_generated);
             self.observation.end(Outcome::ok);
             return Ok(None);
         };

@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
+use evener_telemetry::Span;
 use futures::stream::{self, Stream};
 use serde_json::{Value, json};
 
@@ -41,6 +42,9 @@ struct ChatRequest {
 /// Answers a conversation.
 pub async fn create(State(app): State<App>, request: Request) -> Response {
     let observation = app.metrics.observe(Endpoint::chat_completions);
+    if let Some(span) = request.extensions().get::<Span>() {
+        observation.trace(span);
+    }
     match respond(&app, request, observation.clone()).await {
         Ok(response) => response,
         Err(error) => {
@@ -56,6 +60,7 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     drop(body);
     let permit = app.admit()?;
     let model = app.model(&request.common.model)?;
+    observation.model(model.name.as_str());
     app.check_sequences(1, request.common.n)?;
     let text = app.text(&model, "messages").await?;
     let ChatRequest { common, messages, max_tokens, n_logprobs } = request;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
+use evener_telemetry::Span;
 use futures::stream::{self, Stream};
 use serde_json::{Map, Value, json};
 
@@ -46,6 +47,9 @@ struct CompletionRequest {
 /// Continues one prompt or many.
 pub async fn create(State(app): State<App>, request: Request) -> Response {
     let observation = app.metrics.observe(Endpoint::completions);
+    if let Some(span) = request.extensions().get::<Span>() {
+        observation.trace(span);
+    }
     match respond(&app, request, observation.clone()).await {
         Ok(response) => response,
         Err(error) => {
@@ -61,6 +65,7 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     drop(body);
     let permit = app.admit()?;
     let model = app.model(&request.common.model)?;
+    observation.model(model.name.as_str());
     app.check_sequences(request.prompts.len(), request.common.n)?;
     let text = app.text(&model, "prompt").await?;
     let CompletionRequest { common, prompts, max_tokens, n_logprobs, echo } = request;

@@ -26,16 +26,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use evener_telemetry::{Span, Tracer};
 use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::generation::{self, Runner};
+use crate::group::figures;
 use crate::group::handle::{Directory, Model};
 use crate::group::stream::{self, Origin};
 use crate::metrics::Metrics;
@@ -70,6 +72,8 @@ pub struct Options {
     /// Requests of different users share what is cached of equal prompts. One user can then tell,
     /// by the time an answer takes, what others asked. Default: they do not.
     pub share_prefixes: bool,
+    /// Takes the spans of requests that are traced; off by default.
+    pub tracer: Tracer,
     pub generation: generation::Options,
     pub stream: stream::Options,
 }
@@ -88,10 +92,21 @@ impl Default for Options {
             keepalive: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(30),
             share_prefixes: false,
+            tracer: Tracer::default(),
             generation: generation::Options::default(),
             stream: stream::Options::default(),
         }
     }
+}
+
+/// What the API knows of the cluster.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub directory: watch::Receiver<Arc<Directory>>,
+    /// The body of `GET /status`.
+    pub status: watch::Receiver<Arc<Value>>,
+    /// For `GET /metrics`.
+    pub figures: watch::Receiver<Arc<[figures::Group]>>,
 }
 
 /// What every endpoint can reach; cheap to clone.
@@ -181,6 +196,7 @@ impl App {
 }
 
 fn router(app: App) -> Router {
+    let tracer = app.options.tracer.clone();
     Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
@@ -193,7 +209,7 @@ fn router(app: App) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_method)
         .layer(CatchPanicLayer::custom(|_| Error::Defect.into_response()))
-        .layer(middleware::from_fn(identify))
+        .layer(middleware::from_fn_with_state(tracer, identify))
         .with_state(app)
 }
 
@@ -209,8 +225,9 @@ async fn unknown_method(request: Request) -> Error {
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID_LEN: usize = 128;
 
-/// Gives every response an id: the request's own, if it is a decent one.
-async fn identify(request: Request, next: Next) -> Response {
+/// Gives every response an id: the request's own, if it is a decent one; and a sampled request its
+/// span, which ends when nobody works on the request any more.
+async fn identify(State(tracer): State<Tracer>, mut request: Request, next: Next) -> Response {
     let decent = |value: &&HeaderValue| {
         let allowed = |b: &u8| b.is_ascii_alphanumeric() || b"-_.:".contains(b);
         (1..=MAX_REQUEST_ID_LEN).contains(&value.len()) && value.as_bytes().iter().all(allowed)
@@ -221,7 +238,18 @@ async fn identify(request: Request, next: Next) -> Response {
     });
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let started = std::time::Instant::now();
+    let span = begin_span(&tracer, &request, &id);
+    if let Some(span) = &span {
+        request.extensions_mut().insert(span.clone());
+    }
     let mut response = next.run(request).await;
+    if let Some(span) = span {
+        let status = response.status();
+        span.set("http.response.status_code", u64::from(status.as_u16()));
+        if status.is_server_error() {
+            span.fail();
+        }
+    }
     tracing::debug!(
         request_id = id.to_str().unwrap_or(""),
         %method,
@@ -232,4 +260,18 @@ async fn identify(request: Request, next: Next) -> Response {
     );
     response.headers_mut().insert(REQUEST_ID, id);
     response
+}
+
+/// Of a request that is sampled.
+fn begin_span(tracer: &Tracer, request: &Request, id: &HeaderValue) -> Option<Span> {
+    let (name, route) = match (request.method().as_str(), request.uri().path()) {
+        ("POST", "/v1/chat/completions") => ("POST /v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/completions") => ("POST /v1/completions", "/v1/completions"),
+        _ => return None,
+    };
+    let traceparent = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+    let span = tracer.request(name, traceparent)?;
+    span.set("http.route", route);
+    span.set("evener.request_id", id.to_str().unwrap_or_default().to_owned());
+    Some(span)
 }

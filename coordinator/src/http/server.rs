@@ -12,9 +12,8 @@ use axum::body::Body;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -22,9 +21,8 @@ use tower::ServiceExt;
 use tracing::{debug, info, warn};
 
 use super::socket::Socket;
-use super::{App, Options, router};
+use super::{App, Options, View, router};
 use crate::generation::Runner;
-use crate::group::handle::Directory;
 use crate::group::stream::Streams;
 use crate::metrics::Metrics;
 use crate::text;
@@ -51,13 +49,13 @@ pub enum Error {
 /// The listener is not one.
 pub async fn run(
     listener: TcpListener,
-    directory: watch::Receiver<Arc<Directory>>,
-    status: watch::Receiver<Arc<Value>>,
+    view: View,
     options: Options,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     let address = listener.local_addr().map_err(Error::Listener)?;
-    let metrics = Metrics::new();
+    let View { directory, status, figures } = view;
+    let metrics = Metrics::new(figures, options.tracer.clone());
     let stop = CancellationToken::new();
     let runner = Runner {
         directory: directory.clone(),

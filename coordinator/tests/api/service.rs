@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use evener_coordinator::group::figures;
+use evener_proto::ids::{GroupId, ModelName};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -77,16 +79,84 @@ async fn metrics_count_what_happened() {
         "evener_requests_total{endpoint=\"completions\",outcome=\"ok\"} 1",
         "evener_requests_total{endpoint=\"completions\",outcome=\"invalid\"} 1",
         "evener_requests_running 0",
-        "evener_prompt_tokens_total 3",
-        "evener_generation_tokens_total 7",
-        "evener_time_to_first_token_seconds_count 1",
-        "evener_inter_token_latency_seconds_count 6",
-        "evener_request_duration_seconds_count 2",
+        "evener_prompt_tokens_total{model=\"tiny\"} 3",
+        "evener_generation_tokens_total{model=\"tiny\"} 7",
+        "evener_time_to_first_token_seconds_count{model=\"tiny\"} 1",
+        "evener_inter_token_latency_seconds_count{model=\"tiny\"} 6",
+        "evener_request_duration_seconds_count{model=\"tiny\"} 1",
+        "evener_request_duration_seconds_count{model=\"\"} 1",
         "# HELP evener_migrations",
         "# EOF",
     ] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
+}
+
+#[tokio::test]
+async fn metrics_show_what_workers_report_of_living_groups() {
+    let world = World::start(&[]).await;
+    assert!(!world.get("/metrics").await.text.contains("evener_step"));
+    let histogram = |counts: [u64; 3]| figures::Histogram {
+        bounds_s: [0.001, 0.5].into(),
+        counts: counts.into(),
+        sum_s: 2.5,
+    };
+    let timeline = figures::Timeline {
+        idle: histogram([0, 0, 0]),
+        step: histogram([1, 2, 3]),
+        compute: histogram([0, 6, 0]),
+        wait: histogram([6, 0, 0]),
+        transfer: histogram([6, 0, 0]),
+        tokens: 40,
+        bytes_sent: 1000,
+        bytes_received: 2000,
+    };
+    let rank = |rank| figures::Rank {
+        rank,
+        resident_weight_bytes: 7,
+        rss_bytes: 8,
+        timeline: Some(timeline.clone()),
+    };
+    let group = figures::Group {
+        id: GroupId::parse("m:0").unwrap(),
+        model: ModelName::parse("m").unwrap(),
+        is_ready: true,
+        lead: Some(figures::Lead {
+            n_waiting: 3,
+            kv_blocks_total: 10,
+            kv_blocks_free: 8,
+            kv_blocks_cached: 5,
+            queue: Some(histogram([4, 0, 0])),
+            ..figures::Lead::default()
+        }),
+        ranks: vec![rank(0), rank(1)],
+    };
+    world.figures.send_replace([group].into());
+    let text = world.get("/metrics").await.text;
+    let of = "model=\"m\",group=\"m:0\"";
+    for line in [
+        "# HELP evener_step_seconds Steps: compute, wait and transfer.".to_owned(),
+        "# TYPE evener_step_seconds histogram".to_owned(),
+        "# TYPE evener_collective_sent_bytes counter".to_owned(),
+        format!("evener_group_ready{{{of}}} 1"),
+        format!("evener_sequences_waiting{{{of}}} 3"),
+        format!("evener_kv_blocks{{{of},state=\"used\"}} 2"),
+        format!("evener_kv_blocks{{{of},state=\"cached\"}} 5"),
+        format!("evener_kv_blocks{{{of},state=\"free\"}} 3"),
+        format!("evener_kv_usage_ratio{{{of}}} 0.2"),
+        format!("evener_queue_seconds_count{{{of}}} 4"),
+        format!("evener_step_seconds_bucket{{le=\"0.001\",{of},rank=\"1\"}} 1"),
+        format!("evener_step_seconds_bucket{{le=\"0.5\",{of},rank=\"1\"}} 3"),
+        format!("evener_step_seconds_bucket{{le=\"+Inf\",{of},rank=\"1\"}} 6"),
+        format!("evener_step_seconds_sum{{{of},rank=\"0\"}} 2.5"),
+        format!("evener_step_wait_seconds_count{{{of},rank=\"0\"}} 6"),
+        format!("evener_collective_sent_bytes_total{{{of},rank=\"1\"}} 1000"),
+        format!("evener_rank_weights_bytes{{{of},rank=\"1\"}} 7"),
+    ] {
+        assert!(text.contains(&line), "{line} is missing in\n{text}");
+    }
+    world.figures.send_replace([].into());
+    assert!(!world.get("/metrics").await.text.contains("evener_step"), "a group that is gone");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use evener_coordinator::group::figures;
 use evener_coordinator::group::handle::{Directory, Model, ReadyGroup};
 use evener_coordinator::http::{self, Options};
 use evener_proto::ids::{Epoch, GroupId, ModelName};
@@ -48,6 +49,7 @@ pub fn options() -> Options {
 pub struct World {
     pub directory: watch::Sender<Arc<Directory>>,
     pub status: watch::Sender<Arc<Value>>,
+    pub figures: watch::Sender<Arc<[figures::Group]>>,
     pub url: String,
     pub client: reqwest::Client,
     pub shutdown: CancellationToken,
@@ -66,9 +68,11 @@ impl World {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let shutdown = CancellationToken::new();
         let until = shutdown.clone().cancelled_owned();
-        let server = tokio::spawn(http::run(listener, directory_rx, status_rx, options, until));
+        let (figures, figures_rx) = watch::channel(Arc::from([]));
+        let view = http::View { directory: directory_rx, status: status_rx, figures: figures_rx };
+        let server = tokio::spawn(http::run(listener, view, options, until));
         let client = reqwest::Client::new();
-        Self { directory, status, url, client, shutdown, server }
+        Self { directory, status, figures, url, client, shutdown, server }
     }
 
     pub fn set_leads(&self, leads: &[&Lead]) {

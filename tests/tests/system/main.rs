@@ -1,5 +1,6 @@
 //! The system tests: one binary, because each starts real clusters and links the same client.
 
+mod drafts;
 mod drain;
 mod failures;
 mod first_light;
@@ -8,3 +9,5 @@ mod registries;
 mod requests;
 mod sdk;
 mod splits;
+mod timeline;
+mod traces;

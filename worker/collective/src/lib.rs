@@ -157,7 +157,9 @@ pub struct Stats {
     /// With headers.
     pub bytes_sent: u64,
     pub bytes_received: u64,
-    /// Time in which no byte moved because a peer was not there yet.
+    /// Time in operations: waiting, moving bytes, adding up.
+    pub spent: Duration,
+    /// Of that, time in which no byte moved because a peer was not there yet.
     pub waited: Duration,
     /// How often a wait was long enough to sleep.
     pub n_parks: u64,

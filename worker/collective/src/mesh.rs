@@ -94,12 +94,14 @@ impl Mesh {
             Ok(()) => run(self, &head),
             Err(error) => Err(error),
         };
+        let spent = began.elapsed();
         self.fabric.stats.n_ops += 1;
+        self.fabric.stats.spent += spent;
         self.history.push(Record {
             tag,
             kind,
             bytes: moved(&self.fabric.stats) - moved_before,
-            micros: began.elapsed().as_micros().try_into().unwrap_or(u32::MAX),
+            micros: spent.as_micros().try_into().unwrap_or(u32::MAX),
             ok: result.is_ok(),
         });
         result.inspect_err(|error| self.fail(error))

@@ -16,6 +16,10 @@ pub struct Tables {
 struct Slot {
     blocks: Vec<u32>,
     n_tokens: u32,
+    /// The last of them that may be drafts, and be written over.
+    n_unsure: u32,
+    /// Most tokens that there were: so many have blocks.
+    n_covered: u32,
     /// Step that last used it, so that no plan uses it twice.
     last_step: u64,
 }
@@ -61,7 +65,7 @@ impl Tables {
         for &slot in &plan.freed_slots {
             let slot = &mut self.slots[slot as usize];
             slot.blocks.clear();
-            slot.n_tokens = 0;
+            (slot.n_tokens, slot.n_unsure, slot.n_covered) = (0, 0, 0);
         }
         batch.clear();
         batch.step = plan.step;
@@ -79,17 +83,20 @@ impl Tables {
 
 impl Slot {
     fn extend(&mut self, entry: &Entry, new_blocks: &[u32], plan: &StepPlan) -> Result<(), Error> {
-        let &Entry { slot, start, n_tokens, .. } = entry;
+        let &Entry { slot, start, n_tokens, n_sampled, .. } = entry;
         if self.last_step == plan.step {
             return Err(Error::Twice { slot });
         }
         self.last_step = plan.step;
         let at = std::mem::replace(&mut self.n_tokens, start + n_tokens);
+        let earliest = at - std::mem::replace(&mut self.n_unsure, n_sampled.saturating_sub(1));
+        self.n_covered = self.n_covered.max(self.n_tokens);
         self.blocks.extend_from_slice(new_blocks);
-        if at != start && !self.is_behind_others(at, start, &plan.copies) {
+        let goes_on = (earliest..=at).contains(&start);
+        if !goes_on && !self.is_behind_others(at, start, &plan.copies) {
             return Err(Error::Start { slot, at, start });
         }
-        let expected = blocks_for(self.n_tokens as usize);
+        let expected = blocks_for(self.n_covered as usize);
         if self.blocks.len() != expected {
             let (got, n_tokens) = (self.blocks.len(), self.n_tokens);
             return Err(Error::Blocks { slot, got, n_tokens, expected });
@@ -111,8 +118,9 @@ impl Slot {
     fn flatten(&self, entry: &Entry, batch: &mut Batch) {
         let first_row = batch.positions.len() as u32;
         let block_len = KV_BLOCK_LEN as u32;
+        let blocks = &self.blocks[..blocks_for(self.n_tokens as usize)];
         for position in entry.start..entry.start + entry.n_tokens {
-            let block = self.blocks[(position / block_len) as usize];
+            let block = blocks[(position / block_len) as usize];
             batch.positions.push(position);
             batch.slots.push(block * block_len + position % block_len);
         }
@@ -120,9 +128,9 @@ impl Slot {
             first_row,
             n_rows: entry.n_tokens,
             first_block: batch.block_tables.len() as u32,
-            n_blocks: self.blocks.len() as u32,
+            n_blocks: blocks.len() as u32,
         });
-        batch.block_tables.extend_from_slice(&self.blocks);
+        batch.block_tables.extend_from_slice(blocks);
         let end = first_row + entry.n_tokens;
         batch.sample_rows.extend(end - entry.n_sampled..end);
     }
@@ -156,6 +164,7 @@ mod tests {
             entries: entries.to_vec(),
             tokens: (0..n_tokens).collect(),
             blocks: blocks.to_vec(),
+            traces: Vec::new(),
         }
     }
 
@@ -195,6 +204,27 @@ mod tests {
         copying.copies.push(Copy { from: 4, to: 5 });
         tables.apply(&copying, &mut batch).unwrap();
         assert_eq!((batch.slots[0], &batch.block_tables[..]), (5 * 16 + 4, &[9, 5][..]));
+    }
+
+    #[test]
+    fn a_slot_goes_back_to_where_its_drafts_were_wrong() {
+        let (mut tables, mut batch) = (Tables::new(&LIMITS), Batch::default());
+        tables.apply(&plan(1, &[entry(1, 0, 15, 1, 1)], &[9], &[]), &mut batch).unwrap();
+        // A token and four drafts, of which the first is right: two positions, and two blocks.
+        tables.apply(&plan(2, &[entry(1, 15, 5, 1, 5)], &[4], &[]), &mut batch).unwrap();
+        assert_eq!(batch.sample_rows, [0, 1, 2, 3, 4]);
+        tables.apply(&plan(3, &[entry(1, 17, 1, 0, 1)], &[], &[]), &mut batch).unwrap();
+        assert_eq!((&batch.positions[..], batch.slots[0]), (&[17][..], 4 * 16 + 1));
+        // All are wrong: the second block stays, and is not read.
+        tables.apply(&plan(4, &[entry(2, 0, 15, 1, 1)], &[7], &[]), &mut batch).unwrap();
+        tables.apply(&plan(5, &[entry(2, 15, 4, 1, 4)], &[8], &[]), &mut batch).unwrap();
+        tables.apply(&plan(6, &[entry(2, 16, 1, 0, 1)], &[], &[]), &mut batch).unwrap();
+        assert_eq!(batch.block_tables, [7, 8]);
+        let error = Error::Start { slot: 2, at: 17, start: 16 };
+        assert_eq!(
+            tables.apply(&plan(7, &[entry(2, 16, 1, 0, 1)], &[], &[]), &mut batch),
+            Err(error)
+        );
     }
 
     #[test]

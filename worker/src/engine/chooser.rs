@@ -4,6 +4,9 @@
 //!
 //! Where the likeliest token is not enough, all ranks are asked about all sampled rows; a row of
 //! which the answers cannot tell the token (a wide nucleus, a draw from the tail) is fetched whole.
+//!
+//! A row behind a draft is chosen from as if the draft were there. Its token counts if the row
+//! before chose that very draft, so what comes out is what would have come one by one.
 
 use std::collections::HashMap;
 
@@ -12,12 +15,13 @@ use evener_kernels::peaks::{n_peaks, peaks_of};
 use super::Error;
 use super::answer::Answer;
 use super::ask::{Ask, RowAsk};
+use super::chosen::Chosen;
 use super::masks::Masks;
 use super::output::TokenOut;
 use super::penalties::Edits;
 use super::rank::Rank;
 use super::row::{Edit, Norm, Row, edit};
-use super::sampler::{Candidate, Head, MAX_LOGPROBS, beyond, choose};
+use super::sampler::{Candidate, Head, MAX_LOGPROBS, Sampling, beyond, choose};
 use super::scheduler::Scheduler;
 use super::sequence::{Sequence, SequenceId};
 use super::step::{Entry, StepPlan};
@@ -28,10 +32,14 @@ const WIDER: usize = 8;
 /// Working memory, and the answer for one step.
 #[derive(Debug, Default)]
 pub struct Chooser {
-    /// By entry of the plan: the token that follows, if the step reached the end of what is known.
-    pub tokens: Vec<Option<u32>>,
+    /// By entry of the plan: the tokens that follow, if the step reached the end of what is known.
+    pub chosen: Chosen,
     /// By entry of the plan.
     pub choices: Vec<Choice>,
+    /// Of all choices, one after the other, as many as were chosen.
+    pub tokens: Vec<TokenOut>,
+    /// The same before it is known which drafts were right.
+    found: Vec<TokenOut>,
     /// Of the sequences that have any.
     edits: HashMap<SequenceId, Edits>,
     masks: Masks,
@@ -45,7 +53,8 @@ pub struct Chooser {
 /// What to tell about one entry.
 #[derive(Debug, Default)]
 pub struct Choice {
-    pub token: Option<TokenOut>,
+    /// Of [`Chooser::tokens`].
+    pub n_tokens: usize,
     /// Of the positions that follow the entry's rows, where these are prompt.
     pub prompt_tokens: Vec<TokenOut>,
     /// Why the sequence cannot go on: its token means nothing.
@@ -57,6 +66,9 @@ pub struct Choice {
 struct Open {
     entry_idx: usize,
     row_idx: u32,
+    /// Its place among the tokens found.
+    found_idx: usize,
+    position: u32,
     norm: Option<Norm>,
     total: u64,
 }
@@ -90,8 +102,9 @@ impl Chooser {
         scheduler: &Scheduler,
         plan: &StepPlan,
     ) -> Result<(), Error> {
-        self.tokens.clear();
+        self.chosen.clear();
         self.choices.clear();
+        self.tokens.clear();
         if plan.asks {
             self.masks.join()?;
             self.ask_about(scheduler, plan, rank.limits().vocab);
@@ -102,7 +115,7 @@ impl Chooser {
             let sequence = scheduler.scheduled(entry_idx);
             let choice = match plan.asks {
                 true => self.choose_entry(rank, sequence, entry, entry_idx, row_idx)?,
-                false => likeliest(rank, entry, row_idx)?,
+                false => self.take_likeliest(rank, sequence, entry, row_idx)?,
             };
             row_idx += entry.n_sampled as usize;
             self.choices.push(choice);
@@ -110,9 +123,26 @@ impl Chooser {
         if !self.open.is_empty() {
             self.look_wider(rank, scheduler)?;
         }
-        let id = |choice: &Choice| choice.token.as_ref().map(|token| token.id);
-        self.tokens.extend(self.choices.iter().map(id));
+        self.keep_verified(scheduler);
         Ok(())
+    }
+
+    /// Lets go of what stands behind a draft that was not chosen.
+    fn keep_verified(&mut self, scheduler: &Scheduler) {
+        let mut found = self.found.drain(..);
+        for (entry_idx, choice) in self.choices.iter_mut().enumerate() {
+            let drafts = &scheduler.scheduled(entry_idx).drafts;
+            let (n_found, mut is_right) = (std::mem::take(&mut choice.n_tokens), true);
+            for (nth, token) in found.by_ref().take(n_found).enumerate() {
+                if is_right {
+                    is_right = drafts.get(nth) == Some(&token.id);
+                    self.chosen.push(token.id);
+                    self.tokens.push(token);
+                    choice.n_tokens += 1;
+                }
+            }
+            self.chosen.end_entry();
+        }
     }
 
     /// The sequence is gone.
@@ -136,12 +166,14 @@ impl Chooser {
                         ..RowAsk::default()
                     },
                     None => {
+                        let n_drafts = next_position(entry, i) as usize - sequence.tokens.len();
+                        let drafts = &sequence.drafts[..n_drafts];
                         let (is_masked, may_go_on) = self.put_mask(sequence, vocab);
                         RowAsk {
                             n_top: sampling.n_head().min(vocab as u32),
                             total_scale: sampling.wants_total().then(|| sampling.scale()),
                             n_raw,
-                            n_edits: self.put_edits(sequence, may_go_on),
+                            n_edits: self.put_edits(sequence, drafts, may_go_on),
                             is_masked,
                             ..RowAsk::default()
                         }
@@ -170,8 +202,8 @@ impl Chooser {
         (true, (n_allowed as usize) > n_stops)
     }
 
-    /// Adds a sequence's edits to the ask, and says how many.
-    fn put_edits(&mut self, sequence: &Sequence, may_go_on: bool) -> u32 {
+    /// Adds a sequence's edits, for the token behind these drafts, to the ask, and says how many.
+    fn put_edits(&mut self, sequence: &Sequence, drafts: &[u32], may_go_on: bool) -> u32 {
         let (sampling, edits) = (&sequence.sampling, &mut self.ask.edits);
         let n_before = edits.len();
         let n_output = sequence.n_output();
@@ -179,12 +211,33 @@ impl Chooser {
             let new = || Edits::new(sampling);
             let state = self.edits.entry(sequence.id).or_insert_with(new);
             let n_prompt = sequence.tokens.len() - n_output;
-            edits.extend(state.after(&sequence.tokens, n_prompt, &sampling.penalties));
+            state.take_in(&sequence.tokens, n_prompt, &sampling.penalties);
+            state.ahead(drafts, &sampling.penalties, edits);
         }
-        if n_output < sampling.min_tokens as usize && may_go_on {
+        if n_output + drafts.len() < sampling.min_tokens as usize && may_go_on {
             edits.extend(sampling.stop_token_ids.iter().map(|&token| Edit::ban(token)));
         }
         (edits.len() - n_before) as u32
+    }
+
+    /// Of an entry whose sequence takes the likeliest token and wants to know no more.
+    fn take_likeliest(
+        &mut self,
+        rank: &Rank,
+        sequence: &Sequence,
+        entry: &Entry,
+        first_row_idx: usize,
+    ) -> Result<Choice, Error> {
+        let mut choice = Choice::default();
+        for nth in 0..entry.n_sampled as usize {
+            let id = rank.likeliest(first_row_idx + nth)?;
+            self.found.push(TokenOut { id, logprob: None, top: Vec::new() });
+            choice.n_tokens += 1;
+            if sequence.drafts.get(nth) != Some(&id) {
+                break;
+            }
+        }
+        Ok(choice)
     }
 
     fn choose_entry(
@@ -199,6 +252,7 @@ impl Chooser {
         if let Some(Err(reason)) = self.masks.mask(sequence.id) {
             choice.failure = Some(reason.to_owned());
         }
+        let mut is_right = true;
         for i in 0..entry.n_sampled {
             let row_idx = first_row_idx + i as usize;
             let (asked, answer) = (self.ask.rows[row_idx], &mut self.answer);
@@ -209,23 +263,29 @@ impl Chooser {
                 choice.prompt_tokens.push(TokenOut { id, logprob, top: top(answer) });
                 continue;
             }
+            if !is_right {
+                continue; // another token was chosen than the draft it stands behind
+            }
             let Answer { candidates, is_all, total, .. } = &*answer;
             let head = Head { candidates, is_all: *is_all, total: *total };
             let position = next_position(entry, i);
             if candidates.is_empty() {
                 return Err(Error::NothingAllowed { position });
             }
+            let nth = choice.n_tokens;
+            choice.n_tokens += 1;
             let Some(chosen) = choose(&head, &sequence.sampling, position) else {
+                let (row_idx, found_idx) = (row_idx as u32, self.found.len());
                 let (norm, total) = (answer.norm, answer.total);
-                self.open.push(Open { entry_idx, row_idx: row_idx as u32, norm, total });
-                // Its token is filled in once the row is here.
-                let token = TokenOut { id: 0, logprob: None, top: top(answer) };
-                choice.token = Some(token);
+                self.open.push(Open { entry_idx, row_idx, found_idx, position, norm, total });
+                // Its token is filled in once the row is here; until then its draft may be right.
+                self.found.push(TokenOut { id: 0, logprob: None, top: top(answer) });
                 continue;
             };
             let logprob = answer.norm.map(|norm| norm.logprob(candidates[chosen].raw));
             let id = candidates[chosen].token;
-            choice.token = Some(TokenOut { id, logprob, top: top(answer) });
+            is_right = sequence.drafts.get(nth) == Some(&id);
+            self.found.push(TokenOut { id, logprob, top: top(answer) });
         }
         Ok(choice)
     }
@@ -236,15 +296,15 @@ impl Chooser {
         self.fetch.rows.extend(self.open.iter().map(|open| open.row_idx));
         rank.fetch(&mut self.fetch)?;
         for nth in 0..self.open.len() {
-            let Open { entry_idx, row_idx, norm, total } = self.open[nth];
+            let Open { entry_idx, row_idx, found_idx, position, norm, total } = self.open[nth];
             let sequence = scheduler.scheduled(entry_idx);
             rank.fetched(nth, &mut self.whole.raw);
             let vocab = self.whole.raw.len();
             let of_row = self.ask.iter(vocab).nth(row_idx as usize);
             let (_, edits, mask) = of_row.expect("an open row was asked about");
-            let chosen = self.whole.choose(rank, edits, mask, sequence, total)?;
-            let token = self.choices[entry_idx].token.as_mut();
-            let token = token.expect("an open row has a place for its token");
+            let sampling = &sequence.sampling;
+            let chosen = self.whole.choose(rank, edits, mask, (sampling, position), total)?;
+            let token = &mut self.found[found_idx];
             token.id = chosen.token;
             token.logprob = norm.map(|norm| norm.logprob(chosen.raw));
         }
@@ -254,17 +314,16 @@ impl Chooser {
 }
 
 impl Whole {
-    /// The sequence's next token, of all candidates there are if need be.
+    /// The token at `position` of a sequence, of all candidates there are if need be.
     fn choose(
         &mut self,
         rank: &Rank,
         edits: &[Edit],
         mask: Option<&[u32]>,
-        sequence: &Sequence,
+        (sampling, position): (&Sampling, u32),
         total: u64,
     ) -> Result<Candidate, Error> {
         let Self { raw, edited, peaks, candidates, scratch } = self;
-        let (sampling, position) = (&sequence.sampling, sequence.tokens.len() as u32);
         edited.clone_from(raw);
         edit(edited, 0, edits, mask);
         peaks.resize(n_peaks(edited.len()), 0.0);
@@ -311,14 +370,4 @@ fn next_position(entry: &Entry, i: u32) -> u32 {
 fn top(answer: &Answer) -> Vec<(u32, f32)> {
     let Some(norm) = answer.norm else { return Vec::new() };
     answer.raw.iter().map(|likely| (likely.token, norm.logprob(likely.raw))).collect()
-}
-
-/// An entry whose sequence takes the likeliest token and wants to know no more.
-fn likeliest(rank: &Rank, entry: &Entry, row_idx: usize) -> Result<Choice, Error> {
-    if entry.n_sampled == 0 {
-        return Ok(Choice::default());
-    }
-    let id = rank.likeliest(row_idx)?;
-    let token = Some(TokenOut { id, logprob: None, top: Vec::new() });
-    Ok(Choice { token, ..Choice::default() })
 }

@@ -21,7 +21,10 @@ pub fn run(rank: &mut Rank, figures: &Figures) -> Result<(), Error> {
     loop {
         rank.follow(&mut plan, PLAN_WAIT)?;
         match plan.kind {
-            Kind::Run => figures.stepped(0),
+            Kind::Run => {
+                rank.end_step(&plan);
+                figures.stepped(0);
+            }
             Kind::Rows | Kind::Heartbeat => {}
             Kind::Leave => return Ok(()),
         }

@@ -22,7 +22,7 @@ pub struct StreamId(u64);
 #[derive(Debug)]
 pub(super) enum Command {
     Open { stream: StreamId, sink: Sink },
-    Submit { stream: StreamId, request_id: u64, spec: Spec },
+    Submit { stream: StreamId, request_id: u64, spec: Box<Spec> },
     Cancel { stream: StreamId, request_id: u64 },
     Leave,
 }
@@ -106,6 +106,7 @@ impl Requests {
     /// # Errors
     /// The lead is gone or drowned.
     pub fn submit(&self, request_id: u64, spec: Spec) -> Result<(), Error> {
+        let spec = Box::new(spec);
         self.handle.send(Command::Submit { stream: self.stream, request_id, spec })
     }
 

@@ -20,7 +20,9 @@ use super::pace::Pace;
 use super::rank::{LEAD, Rank};
 use super::scheduler::{Committed, Options, Scheduler};
 use super::sequence::{SequenceId, Spec};
+use super::speculation::Speculation;
 use super::step::{Kind, StepPlan};
+use super::traces::Traces;
 use crate::metrics::Figures;
 
 /// An idle lead sends a plan this often, so that followers know it is there.
@@ -43,6 +45,8 @@ pub struct Lead {
     /// Of the step in flight: sequences that could not be given a token, and why.
     failed: Vec<(SequenceId, String)>,
     pace: Pace,
+    traces: Traces,
+    speculation: Speculation,
 }
 
 struct Stream {
@@ -56,6 +60,8 @@ struct Stream {
 struct Owner {
     stream: StreamId,
     request_id: u64,
+    /// Since when it waits for its first step; none once that came.
+    queued: Option<Instant>,
 }
 
 impl Lead {
@@ -68,6 +74,8 @@ impl Lead {
         let (handle, commands) = handle::channel();
         let limits = options.limits.clone();
         let pace = Pace::new(options.max_stretch);
+        let traces = Traces::new(rank.tracer().clone());
+        let speculation = Speculation::new(options.max_drafts, limits.n_slots);
         let lead = Self {
             rank,
             scheduler: Scheduler::new(options),
@@ -78,9 +86,11 @@ impl Lead {
             last_plan: Instant::now(),
             plan: StepPlan::with_room(&limits),
             chooser: Chooser::default(),
-            committed: Vec::with_capacity(limits.n_slots),
+            committed: Vec::with_capacity(limits.max_sample_rows),
             failed: Vec::new(),
             pace,
+            traces,
+            speculation,
         };
         lead.figures.set_load(lead.load());
         (handle, lead)
@@ -103,6 +113,7 @@ impl Lead {
             }
             self.drop_closed_streams();
             let max_prefill = self.pace.max_prefill(self.scheduler.n_decoding());
+            self.speculation.draft(&mut self.scheduler, &self.pace);
             let n_preempted = self.scheduler.n_preemptions();
             let ran = self.scheduler.schedule(&mut self.plan, max_prefill);
             self.figures.preempted(self.scheduler.n_preemptions() - n_preempted);
@@ -136,7 +147,7 @@ impl Lead {
                 let opened = Stream { sink, live: HashMap::new(), events: Vec::new() };
                 self.streams.insert(stream, opened);
             }
-            Command::Submit { stream, request_id, spec } => self.submit(stream, request_id, spec),
+            Command::Submit { stream, request_id, spec } => self.submit(stream, request_id, *spec),
             Command::Cancel { stream, request_id } => {
                 let live = self.streams.get(&stream).and_then(|s| s.live.get(&request_id));
                 if let Some(&id) = live {
@@ -156,10 +167,14 @@ impl Lead {
             self.end_stream(stream_id, Some(StreamEnd::RequestIdInUse { request_id }));
             return;
         }
+        let trace = spec.origin.trace;
         match self.scheduler.submit(spec) {
             Ok(id) => {
                 stream.live.insert(request_id, id);
-                self.owners.insert(id, Owner { stream: stream_id, request_id });
+                let now = Instant::now();
+                let queued = Some(now);
+                self.traces.submitted(id, trace, now);
+                self.owners.insert(id, Owner { stream: stream_id, request_id, queued });
             }
             Err(refusal) => stream.events.push(Event {
                 request_id,
@@ -174,41 +189,24 @@ impl Lead {
     /// One step of all ranks, its tokens into the streams' next messages.
     fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
+        self.end_queueing(began);
+        self.traces.plan(&self.scheduler, &mut self.plan, began);
         self.chooser.begin(&self.scheduler, &self.plan)?;
         self.rank.lead(&mut self.plan)?;
         self.last_plan = Instant::now();
         self.chooser.choose(&mut self.rank, &self.scheduler, &self.plan)?;
+        self.rank.end_step(&self.plan);
         self.measure(began.elapsed());
-        for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
-            if choice.token.is_none() && choice.prompt_tokens.is_empty() {
-                continue;
-            }
-            let sequence = self.scheduler.scheduled(entry_idx);
-            if let Some(reason) = choice.failure {
-                self.failed.push((sequence.id, reason));
-                continue;
-            }
-            let is_first = choice.token.is_some() && sequence.n_generated() == 0;
-            let n_cached = if is_first { sequence.n_cached as u32 } else { 0 };
-            let Owner { stream, request_id } = self.owners[&sequence.id];
-            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
-            stream.events.push(Event {
-                request_id,
-                token: choice.token,
-                prompt_tokens: choice.prompt_tokens,
-                n_cached,
-                end: None,
-            });
-        }
+        self.tell();
         let mut committed = std::mem::take(&mut self.committed);
-        self.scheduler.commit(&self.plan, &self.chooser.tokens, &mut committed);
+        self.scheduler.commit(&self.plan, &self.chooser.chosen, &mut committed);
         self.figures.stepped(committed.len() as u64);
         for Committed { id, finish, .. } in committed.drain(..) {
             let Some(finish) = finish else { continue };
             if self.failed.iter().any(|(failed, _)| *failed == id) {
                 continue;
             }
-            let Owner { stream, request_id } = self.owners[&id];
+            let Owner { stream, request_id, .. } = self.owners[&id];
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             let mut events = stream.events.iter_mut().rev();
@@ -220,10 +218,58 @@ impl Lead {
         Ok(())
     }
 
+    /// Counts how long the sequences waited that are in their first step now.
+    fn end_queueing(&mut self, now: Instant) {
+        for entry_idx in 0..self.plan.entries.len() {
+            let sequence = self.scheduler.scheduled(entry_idx);
+            if sequence.n_generated() == 0
+                && let Some(owner) = self.owners.get_mut(&sequence.id)
+                && let Some(since) = owner.queued.take()
+            {
+                self.rank.timeline().queued(now - since);
+            }
+        }
+    }
+
+    /// What was chosen, into the streams' next messages.
+    fn tell(&mut self) {
+        let mut tokens = self.chooser.tokens.drain(..);
+        for (entry_idx, choice) in self.chooser.choices.drain(..).enumerate() {
+            let sequence = self.scheduler.scheduled(entry_idx);
+            let mut tokens = tokens.by_ref().take(choice.n_tokens);
+            let mut token = tokens.next();
+            if token.is_none() && choice.prompt_tokens.is_empty() {
+                continue;
+            }
+            if let Some(reason) = choice.failure {
+                self.failed.push((sequence.id, reason));
+                tokens.for_each(drop);
+                continue;
+            }
+            let is_first = token.is_some() && sequence.n_generated() == 0;
+            let mut n_cached = if is_first { sequence.n_cached as u32 } else { 0 };
+            let mut prompt_tokens = choice.prompt_tokens;
+            if is_first {
+                self.figures.looked_up(sequence.prompt_len, sequence.n_cached);
+            }
+            let Owner { stream, request_id, .. } = self.owners[&sequence.id];
+            let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
+            loop {
+                let prompt_tokens = std::mem::take(&mut prompt_tokens);
+                let n_cached = std::mem::take(&mut n_cached);
+                stream.events.push(Event { request_id, token, prompt_tokens, n_cached, end: None });
+                token = tokens.next();
+                if token.is_none() {
+                    break;
+                }
+            }
+        }
+    }
+
     /// Ends the sequences that could not be given a token in the step just committed.
     fn end_failed(&mut self) {
         while let Some((id, reason)) = self.failed.pop() {
-            let Some(&Owner { stream, request_id }) = self.owners.get(&id) else { continue };
+            let Some(&Owner { stream, request_id, .. }) = self.owners.get(&id) else { continue };
             self.scheduler.cancel(id);
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
@@ -238,6 +284,21 @@ impl Lead {
     }
 
     fn measure(&mut self, took: Duration) {
+        let (mut n_drafts, mut n_right) = (0, 0);
+        for (entry_idx, entry) in self.plan.entries.iter().enumerate() {
+            let sequence = self.scheduler.scheduled(entry_idx);
+            if !sequence.drafts.is_empty() {
+                let n_right_here = self.chooser.choices[entry_idx].n_tokens - 1;
+                self.speculation.verified(entry.slot, sequence, n_right_here);
+                n_drafts += sequence.drafts.len();
+                n_right += n_right_here;
+            }
+        }
+        if n_drafts > 0 {
+            self.speculation.observe(self.plan.entries.len(), n_drafts, took);
+            self.figures.speculated(n_drafts as u64, n_right as u64);
+            return;
+        }
         // One token is a decode, or as cheap as one.
         let n_decodes = self.plan.entries.iter().filter(|entry| entry.n_tokens == 1).count();
         self.pace.observe(n_decodes, self.plan.tokens.len() - n_decodes, took);
@@ -263,8 +324,10 @@ impl Lead {
             if stream.events.is_empty() {
                 continue;
             }
-            // The one allocation a message costs: the reader keeps the events.
-            let room = Vec::with_capacity(stream.events.len());
+            // The one allocation a message costs: the reader keeps the events. Steps with drafts
+            // bring sometimes fewer and sometimes more of them.
+            let most = stream.events.capacity().min(self.rank.limits().max_sample_rows);
+            let room = Vec::with_capacity(most.max(stream.events.len()));
             let output = StepOutput { events: std::mem::replace(&mut stream.events, room), load };
             match stream.sink.outputs.try_send(output) {
                 Ok(()) => {}
@@ -293,6 +356,7 @@ impl Lead {
         for id in stream.live.into_values() {
             self.scheduler.cancel(id);
             self.chooser.forget(id);
+            self.traces.ended(id);
             self.owners.remove(&id);
         }
         if let Some(reason) = reason {
@@ -303,7 +367,8 @@ impl Lead {
 
     fn forget(&mut self, id: SequenceId) {
         self.chooser.forget(id);
-        if let Some(Owner { stream, request_id }) = self.owners.remove(&id)
+        self.traces.ended(id);
+        if let Some(Owner { stream, request_id, .. }) = self.owners.remove(&id)
             && let Some(stream) = self.streams.get_mut(&stream)
         {
             stream.live.remove(&request_id);
@@ -315,6 +380,7 @@ impl Lead {
             n_running: self.scheduler.n_running() as u32,
             n_waiting: self.scheduler.n_waiting() as u32,
             kv_blocks_free: self.scheduler.kv().n_available(),
+            kv_blocks_cached: self.scheduler.kv().n_cached(),
             kv_blocks_total: self.scheduler.kv().n_total(),
         }
     }

@@ -7,12 +7,15 @@ pub mod answer;
 pub mod ask;
 pub mod batch;
 mod chooser;
+pub mod chosen;
+mod draft_costs;
 pub mod fairness;
 pub mod follower;
 pub mod grammar;
 pub mod handle;
 pub mod kv_blocks;
 pub mod lead;
+mod lookup;
 mod lru;
 mod masks;
 pub mod names;
@@ -22,6 +25,7 @@ mod penalties;
 pub mod probe;
 mod queue;
 pub mod rank;
+mod refusal;
 pub mod row;
 pub mod sampler;
 pub mod scheduler;
@@ -29,7 +33,10 @@ pub mod sequence;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod simulation;
+pub mod speculation;
 pub mod step;
+pub mod timeline;
+mod traces;
 
 pub use handle::{Handle, Outputs, Requests};
 pub use lead::Lead;

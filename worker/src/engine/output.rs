@@ -10,7 +10,8 @@ pub struct StepOutput {
     pub load: Load,
 }
 
-/// What one step did to one sequence. After `end` no event names it again.
+/// What one step did to one sequence, or one of the tokens that it brought: those of one sequence
+/// stand one after the other. After `end` no event names it again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     pub request_id: u64,
@@ -48,7 +49,9 @@ pub struct TokenOut {
 pub struct Load {
     pub n_running: u32,
     pub n_waiting: u32,
+    /// Cached ones included.
     pub kv_blocks_free: u32,
+    pub kv_blocks_cached: u32,
     pub kv_blocks_total: u32,
 }
 

@@ -83,11 +83,18 @@ impl Pace {
     }
 
     /// Of a step of `n_decodes` sequences without prefill.
-    fn decode_s(&self, n_decodes: usize) -> Option<f64> {
+    #[must_use]
+    pub fn decode_s(&self, n_decodes: usize) -> Option<f64> {
         let (fewer, more) = self.decodes.split_at(bucket(n_decodes) + 1);
         let nearest = fewer.iter().rev().chain(more).find_map(|&known| known)?;
         let n_beyond = (n_decodes as f64 - nearest.n).max(0.0);
         Some(nearest.s + n_beyond * self.token_s.unwrap_or(0.0))
+    }
+
+    /// Of a prefilled token.
+    #[must_use]
+    pub fn token_s(&self) -> Option<f64> {
+        self.token_s
     }
 }
 
@@ -95,7 +102,8 @@ fn bucket(n_decodes: usize) -> usize {
     ((n_decodes.max(1).ilog2()) as usize).min(N_BUCKETS - 1)
 }
 
-fn learn(old: f64, new: f64) -> f64 {
+/// A new average.
+pub fn learn(old: f64, new: f64) -> f64 {
     old + NEWEST * (new.min(MOST * old) - old)
 }
 

@@ -29,12 +29,12 @@ impl Edits {
         edits
     }
 
-    /// What to change for the token after `tokens`, of which the first `n_prompt` are the prompt.
-    pub fn after(&mut self, tokens: &[u32], n_prompt: usize, penalties: &Penalties) -> &[Edit] {
+    /// Brings it up to `tokens`, of which the first `n_prompt` are the prompt.
+    pub fn take_in(&mut self, tokens: &[u32], n_prompt: usize, penalties: &Penalties) {
         let &Penalties { repetition, presence, frequency } = penalties;
         let is_output_alone = repetition == 1.0;
         if is_output_alone && presence == 0.0 && frequency == 0.0 {
-            return &self.edits;
+            return;
         }
         for (at, &token) in tokens.iter().enumerate().skip(self.n_seen) {
             let is_output = at >= n_prompt;
@@ -49,7 +49,32 @@ impl Edits {
             }
         }
         self.n_seen = tokens.len();
-        &self.edits
+    }
+
+    /// Appends to `out` what to change for the token after those taken in and these drafts, which
+    /// may be wrong.
+    pub fn ahead(&self, drafts: &[u32], penalties: &Penalties, out: &mut Vec<Edit>) {
+        let start = out.len();
+        out.extend_from_slice(&self.edits);
+        if *penalties == Penalties::default() {
+            return;
+        }
+        for (nth, &draft) in drafts.iter().enumerate() {
+            let counted = self.places.get(&draft).map_or(0, |&place| self.counts[place]);
+            let n = drafts[..=nth].iter().filter(|&&other| other == draft).count() as u32;
+            let new = || out[start + self.edits.len()..].iter().position(|e| e.token == draft);
+            let known = self.places.get(&draft).copied();
+            let place = known.or_else(|| new().map(|place| self.edits.len() + place));
+            let penalty = penalties.presence + penalties.frequency * (counted + n) as f32;
+            let edit = Edit { token: draft, bias: 0.0, repetition: penalties.repetition, penalty };
+            match place {
+                Some(place) => {
+                    let bias = out[start + place].bias;
+                    out[start + place] = Edit { bias, ..edit };
+                }
+                None => out.push(edit),
+            }
+        }
     }
 
     fn place(&mut self, token: u32) -> usize {
@@ -74,11 +99,22 @@ mod tests {
         let mut edits = Edits::new(&sampling);
         let tokens = [0, 1, 1, 2, 2];
         // Token by token, as they come, or all at once as after a resumption: the same.
-        let at_once = Edits::new(&sampling).after(&tokens, 2, &penalties).to_vec();
-        (2..5).for_each(|n| drop(edits.after(&tokens[..n], 2, &penalties).to_vec()));
-        assert_eq!(edits.after(&tokens, 2, &penalties), at_once);
+        (2..=5).for_each(|n| edits.take_in(&tokens[..n], 2, &penalties));
+        let mut at_once = Edits::new(&sampling);
+        at_once.take_in(&tokens, 2, &penalties);
+        assert_eq!(edits.edits, at_once.edits);
         let mut logits = [2.0, -2.0, 1.0, 0.0, 5.0];
-        edit(&mut logits, 0, &at_once, None);
+        edit(&mut logits, 0, &at_once.edits, None);
+        // And with the last ones as drafts.
+        for n_known in 2..=5 {
+            let mut edits = Edits::new(&sampling);
+            edits.take_in(&tokens[..n_known], 2, &penalties);
+            let mut ahead = vec![Edit::ban(0)];
+            edits.ahead(&tokens[n_known..], &penalties, &mut ahead);
+            let mut same = [2.0, -2.0, 1.0, 0.0, 5.0];
+            edit(&mut same, 0, &ahead[1..], None);
+            assert_eq!(same, logits, "{n_known}");
+        }
         logits
     }
 

@@ -3,11 +3,13 @@
 //! The same bytes give every rank the same batch; the shards of the logits meet at the lead.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use evener_collective::{Collective, Mesh, Tag};
 use evener_kernels::Isa;
 use evener_kernels::peaks::{self, n_peaks};
+use evener_telemetry::Tracer;
 
 use crate::backend::{Backend, Batch};
 
@@ -15,7 +17,8 @@ use super::answer::{Answer, Answers, Highest, Logits, Part};
 use super::ask::{Ask, RowAsk};
 use super::batch::{self, Tables};
 use super::step::{Kind, Limits, StepPlan};
-use super::{Error, row};
+use super::timeline::{Step, Timeline};
+use super::{Error, row, traces};
 
 /// Rank that leads a group.
 pub const LEAD: usize = 0;
@@ -50,6 +53,26 @@ pub struct Rank {
     /// Lead only, by rank but our own: what it sent of the last step, as `mine` or whole rows.
     theirs: Vec<Vec<f32>>,
     ask: Asking,
+    clock: Clock,
+}
+
+/// Where the time of steps is measured.
+struct Clock {
+    timeline: Arc<Timeline>,
+    tracer: Tracer,
+    /// The end of the last step.
+    ended: Instant,
+    /// Of the step under way.
+    began: Instant,
+    /// As far as it is known at its begin.
+    step: Step,
+}
+
+impl Clock {
+    fn new(timeline: Arc<Timeline>, tracer: Tracer) -> Self {
+        let now = Instant::now();
+        Self { timeline, tracer, ended: now, began: now, step: Step::default() }
+    }
 }
 
 /// What serves asks; kept between steps.
@@ -91,6 +114,7 @@ impl Rank {
             mine: Vec::with_capacity(2 * limits.max_sample_rows),
             theirs: vec![Vec::new(); if is_lead { vocab.len() } else { 0 }],
             ask: Asking::default(),
+            clock: Clock::new(Arc::default(), Tracer::default()),
             mesh,
             backend,
             limits,
@@ -104,6 +128,9 @@ impl Rank {
     /// The epoch is over.
     pub fn lead(&mut self, plan: &mut StepPlan) -> Result<(), Error> {
         self.step += 1;
+        if plan.kind == Kind::Run {
+            self.begin_step(plan.tokens.len());
+        }
         plan.epoch = self.mesh.epoch();
         plan.step = self.step;
         plan.encode(&mut self.wire);
@@ -127,7 +154,54 @@ impl Rank {
                 return Err(Error::OutOfStep { what, got, expected });
             }
         }
+        if plan.kind == Kind::Run {
+            self.begin_step(plan.tokens.len());
+        }
         self.execute(plan)
+    }
+
+    /// Measures steps into `timeline` from here on, and those that are traced for `tracer` too.
+    pub fn measure_into(&mut self, timeline: Arc<Timeline>, tracer: Tracer) {
+        self.clock = Clock::new(timeline, tracer);
+    }
+
+    #[must_use]
+    pub fn tracer(&self) -> &Tracer {
+        &self.clock.tracer
+    }
+
+    #[must_use]
+    pub fn timeline(&self) -> &Timeline {
+        &self.clock.timeline
+    }
+
+    fn begin_step(&mut self, n_tokens: usize) {
+        let before = self.mesh.take_stats();
+        let began = &mut self.clock.step;
+        // With what moved since the last step: the plan, on a follower.
+        (began.bytes_sent, began.bytes_received) = (before.bytes_sent, before.bytes_received);
+        began.n_tokens = n_tokens as u64;
+        self.clock.began = Instant::now();
+    }
+
+    /// The step of `plan`, the last that ran, is over on this rank: it goes into the timeline.
+    pub fn end_step(&mut self, plan: &StepPlan) {
+        let stats = self.mesh.take_stats();
+        let Clock { timeline, tracer, ended, began, step: begun } = &mut self.clock;
+        let now = Instant::now();
+        let waited = stats.waited.min(stats.spent);
+        let step = Step {
+            idle: *began - *ended,
+            whole: now - *began,
+            waited,
+            transfer: stats.spent - waited,
+            bytes_sent: begun.bytes_sent + stats.bytes_sent,
+            bytes_received: begun.bytes_received + stats.bytes_received,
+            n_tokens: begun.n_tokens,
+        };
+        *ended = now;
+        timeline.step(&step);
+        traces::record_step(tracer, plan, &step, self.mesh.rank());
     }
 
     fn execute(&mut self, plan: &StepPlan) -> Result<(), Error> {

@@ -15,16 +15,17 @@
 //! one has begun in the same way it gets a copy to write on. So the choices of one request compute
 //! their prompt once.
 
+use super::chosen::Chosen;
 use super::fairness::Fairness;
 use super::kv_blocks::{KvBlocks, blocks_for};
 use super::names::Name;
 use super::queue::Queue;
+use super::refusal;
 use super::sequence::{Finish, Sequence, SequenceId, Spec};
 use super::step::{Copy, Entry, Kind, Limits, StepPlan};
 use crate::backend::KV_BLOCK_LEN;
 
-/// Priorities go from minus this to this.
-pub const MAX_PRIORITY: i32 = 100;
+pub use super::refusal::{MAX_PRIORITY, Refusal};
 
 /// Tokens that are worth the copy of a block.
 const MIN_COPIED: usize = 4;
@@ -38,6 +39,8 @@ pub struct Options {
     pub max_waiting: usize,
     /// A step with decodes may last this many times as long as without prefill; more than 1.
     pub max_stretch: f64,
+    /// Tokens drafted and verified with a sequence's next one, where that pays; 0 is off.
+    pub max_drafts: usize,
     /// Fingerprint of the model: blocks of another are never found.
     pub model: String,
 }
@@ -46,34 +49,8 @@ impl Options {
     /// The defaults.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, max_waiting: 256, max_stretch: 2.0, model: String::new() }
+        Self { limits, max_waiting: 256, max_stretch: 2.0, max_drafts: 0, model: String::new() }
     }
-}
-
-/// Why a sequence was not taken in.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    #[error("the prompt is empty; at least one token is needed")]
-    EmptyPrompt,
-    #[error("max_tokens is 0; at least 1 is needed")]
-    NothingToDo,
-    #[error(
-        "{prompt} prompt tokens and {max_tokens} to generate are more than the context of \
-         {max_context} tokens"
-    )]
-    TooLong { prompt: usize, max_tokens: u32, max_context: usize },
-    #[error(
-        "{prompt} prompt tokens and {max_tokens} to generate need {needed} KV blocks; this group \
-         has {total} of {} tokens",
-        crate::backend::KV_BLOCK_LEN
-    )]
-    TooFewBlocks { prompt: usize, max_tokens: u32, needed: usize, total: u32 },
-    #[error("token id {token} is outside the vocabulary of {vocab}")]
-    BadToken { token: u32, vocab: usize },
-    #[error("priority {priority} is not from -{MAX_PRIORITY} to {MAX_PRIORITY}")]
-    BadPriority { priority: i32 },
-    #[error("{waiting} sequences are waiting already; try again later")]
-    Overloaded { waiting: usize },
 }
 
 /// A lead's sequences and blocks.
@@ -139,7 +116,7 @@ impl Scheduler {
     /// # Errors
     /// It could never run here, or the queue is full.
     pub fn submit(&mut self, spec: Spec) -> Result<SequenceId, Refusal> {
-        self.check(&spec)?;
+        refusal::check(&spec, &self.options.limits)?;
         if self.waiting.len() >= self.options.max_waiting {
             return Err(Refusal::Overloaded { waiting: self.waiting.len() });
         }
@@ -149,36 +126,6 @@ impl Scheduler {
         let account = self.fairness.enter(&spec.origin.user);
         self.waiting.push(Sequence::new(id, spec, root, account));
         Ok(id)
-    }
-
-    fn check(&self, spec: &Spec) -> Result<(), Refusal> {
-        let Limits { max_context, vocab, .. } = self.options.limits;
-        let (prompt, max_tokens) = (spec.prompt.len(), spec.max_tokens);
-        if prompt == 0 {
-            return Err(Refusal::EmptyPrompt);
-        }
-        if max_tokens == 0 {
-            return Err(Refusal::NothingToDo);
-        }
-        if prompt + max_tokens as usize > max_context {
-            return Err(Refusal::TooLong { prompt, max_tokens, max_context });
-        }
-        let sampling = &spec.sampling;
-        let biased = sampling.logit_bias.iter().map(|(token, _)| token);
-        let mut named = spec.prompt.iter().chain(&sampling.stop_token_ids).chain(biased);
-        if let Some(&token) = named.find(|&&token| token as usize >= vocab) {
-            return Err(Refusal::BadToken { token, vocab });
-        }
-        let needed = blocks_for(prompt + max_tokens as usize - 1);
-        let total = self.kv.n_total();
-        if needed > total as usize {
-            return Err(Refusal::TooFewBlocks { prompt, max_tokens, needed, total });
-        }
-        let priority = spec.origin.priority;
-        if !(-MAX_PRIORITY..=MAX_PRIORITY).contains(&priority) {
-            return Err(Refusal::BadPriority { priority });
-        }
-        Ok(())
     }
 
     /// Forgets a sequence, waiting or running; false if it is not here. Not while a plan is in
@@ -202,12 +149,13 @@ impl Scheduler {
         assert!(self.in_flight.is_empty(), "the last step was not committed");
         plan.clear();
         // What decodes need is set aside: whatever prefill comes before them leaves it to them.
-        let n_decoding = self.n_decoding();
+        let decoding = self.running().filter(|sequence| sequence.is_decoding());
+        let n_decode_rows: usize = decoding.map(|sequence| 1 + sequence.drafts.len()).sum();
         let Limits { max_batch_tokens, max_sample_rows, .. } = self.options.limits;
-        let most = if n_decoding > 0 { max_prefill.max(1) } else { usize::MAX };
+        let most = if n_decode_rows > 0 { max_prefill.max(1) } else { usize::MAX };
         let mut room = Room {
-            tokens: most.min(max_batch_tokens - n_decoding),
-            rows: max_sample_rows - n_decoding,
+            tokens: most.min(max_batch_tokens - n_decode_rows),
+            rows: max_sample_rows - n_decode_rows,
         };
         let n_preemptions = self.n_preemptions;
         let mut rank = 0;
@@ -215,7 +163,10 @@ impl Scheduler {
             let slot = self.order[rank];
             if self.at(slot).is_decoding() {
                 if self.make_blocks(slot, 1) == 1 {
+                    self.make_blocks_for_drafts(slot);
                     self.put(slot, 1, plan);
+                } else {
+                    self.running_mut(slot as usize).drafts.clear();
                 }
             } else {
                 self.prefill(rank, &mut room, plan);
@@ -364,6 +315,21 @@ impl Scheduler {
         }
     }
 
+    /// Gives a sequence blocks for its drafts too, at nobody's cost; else it has fewer drafts.
+    fn make_blocks_for_drafts(&mut self, slot: u32) {
+        // Everyone can still get the block of its next token.
+        let n_spare = (self.kv.n_available() as usize).saturating_sub(self.order.len());
+        let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+        let Sequence { blocks, drafts, n_computed, .. } = sequence;
+        let n_needed = blocks_for(*n_computed + 1 + drafts.len());
+        let n_missing = n_needed.saturating_sub(blocks.blocks().len());
+        for _ in 0..n_missing.min(n_spare) {
+            let is_there = self.kv.append(blocks);
+            assert!(is_there, "an available block");
+        }
+        drafts.truncate(blocks.capacity() - *n_computed - 1);
+    }
+
     fn preempt(&mut self, slot: u32) {
         let mut sequence = self.vacate(slot);
         sequence.forget_computed();
@@ -371,22 +337,24 @@ impl Scheduler {
         self.n_preemptions += 1;
     }
 
-    /// Adds the next `n_tokens` of a running sequence to the plan; returns how many rows are
-    /// sampled.
+    /// Adds the next `n_tokens` of a running sequence to the plan, and its drafts; returns how many
+    /// rows are sampled.
     fn put(&mut self, slot: u32, n_tokens: usize, plan: &mut StepPlan) -> usize {
         let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
         let (start, end) = (sequence.n_computed, sequence.n_computed + n_tokens);
         let new_blocks = &sequence.blocks.blocks()[sequence.n_told..];
-        let n_sampled = end.saturating_sub(sequence.first_wanted());
+        let n_drafts = sequence.drafts.len();
+        let n_sampled = (end + n_drafts).saturating_sub(sequence.first_wanted());
         plan.entries.push(Entry {
             slot,
             start: start as u32,
-            n_tokens: n_tokens as u32,
+            n_tokens: (n_tokens + n_drafts) as u32,
             n_blocks: new_blocks.len() as u32,
             n_sampled: n_sampled as u32,
         });
         plan.blocks.extend_from_slice(new_blocks);
         plan.tokens.extend_from_slice(&sequence.tokens[start..end]);
+        plan.tokens.extend_from_slice(&sequence.drafts);
         plan.asks |= n_sampled > 0 && sequence.asks();
         sequence.n_told = sequence.blocks.blocks().len();
         sequence.n_planned = end;
@@ -400,27 +368,37 @@ impl Scheduler {
         self.at(self.in_flight[entry_idx])
     }
 
-    /// Ends the step in flight. `tokens`: by entry, the next token of its sequence if the step
-    /// reached it. Appends to `out` what was generated, in the order of the plan.
-    pub fn commit(&mut self, plan: &StepPlan, tokens: &[Option<u32>], out: &mut Vec<Committed>) {
-        assert_eq!(tokens.len(), plan.entries.len(), "one answer for each entry");
+    /// Ends the step in flight. `chosen`: by entry, what follows its sequence if the step reached
+    /// its end: tokens that are its drafts, and one that need not be. Appends to `out` what was
+    /// generated, in the order of the plan.
+    pub fn commit(&mut self, plan: &StepPlan, chosen: &Chosen, out: &mut Vec<Committed>) {
+        assert_eq!(chosen.n_entries(), plan.entries.len(), "one answer for each entry");
         self.in_flight.clear();
-        for (entry, &token) in plan.entries.iter().zip(tokens) {
+        for (entry_idx, entry) in plan.entries.iter().enumerate() {
+            let tokens = chosen.of(entry_idx);
             let sequence = self.slots[entry.slot as usize].as_mut().expect("a running sequence");
-            let end = sequence.n_planned;
+            let is_at_end = sequence.n_planned == sequence.tokens.len();
+            assert_eq!(!tokens.is_empty(), is_at_end, "tokens follow the last one");
+            // Drafts that were right are computed; the places of others are written over.
+            let n_right = tokens.len().saturating_sub(1);
+            assert_eq!(sequence.drafts.get(..n_right), tokens.get(..n_right), "verified");
+            let end = sequence.n_planned + n_right;
+            sequence.drafts.clear();
             sequence.n_computed = end;
             if entry.n_sampled > 0 {
                 sequence.n_sampled = end;
             }
             let n_new = end.saturating_sub(sequence.n_ever);
             sequence.n_ever = sequence.n_ever.max(end);
-            self.fairness.charge(sequence.account, n_new + usize::from(token.is_some()));
+            self.fairness.charge(sequence.account, n_new + tokens.len());
+            let mut finish = None;
+            for &token in tokens {
+                assert_eq!(finish, None, "nothing follows the end");
+                finish = sequence.push(token);
+                out.push(Committed { id: sequence.id, token, finish });
+            }
             let Sequence { blocks, chain, tokens: known, .. } = &mut *sequence;
             self.kv.name_full(blocks, chain, known, end);
-            assert_eq!(token.is_some(), sequence.n_pending() == 0, "a token follows the last one");
-            let Some(token) = token else { continue };
-            let finish = sequence.push(token);
-            out.push(Committed { id: sequence.id, token, finish });
             if finish.is_some() {
                 let sequence = self.vacate(entry.slot);
                 self.fairness.leave(sequence.account);
@@ -453,6 +431,33 @@ impl Scheduler {
     #[must_use]
     pub fn n_decoding(&self) -> usize {
         self.running().filter(|sequence| sequence.is_decoding()).count()
+    }
+
+    /// Drafts that the next step has room for: none where prefill wants it.
+    #[must_use]
+    pub fn room_for_drafts(&self) -> usize {
+        let n_decoding = self.n_decoding();
+        let is_prefill_near = !self.waiting.is_empty() && !self.free_slots.is_empty();
+        if n_decoding < self.order.len() || is_prefill_near {
+            return 0;
+        }
+        let Limits { max_batch_tokens, max_sample_rows, .. } = self.options.limits;
+        max_batch_tokens.min(max_sample_rows) - n_decoding
+    }
+
+    /// Decoding sequences with their slots. Not while a plan is in flight.
+    pub fn decoding_mut(&mut self) -> impl Iterator<Item = (usize, &mut Sequence)> {
+        assert!(self.in_flight.is_empty(), "drafts wait for the end of the step");
+        let running = self.slots.iter_mut().enumerate();
+        running.filter_map(|(slot, sequence)| {
+            sequence.as_mut().filter(|sequence| sequence.is_decoding()).map(|it| (slot, it))
+        })
+    }
+
+    /// # Panics
+    /// Nothing runs there.
+    pub fn running_mut(&mut self, slot: usize) -> &mut Sequence {
+        self.slots[slot].as_mut().expect("a running sequence")
     }
 
     #[must_use]
@@ -492,6 +497,7 @@ impl Scheduler {
             assert!(sequence.n_computed <= capacity, "{:?} has no blocks", sequence.id);
             assert!(sequence.n_computed < sequence.tokens.len(), "{:?} ended", sequence.id);
             assert!(sequence.n_told <= sequence.blocks.blocks().len(), "{:?}", sequence.id);
+            assert!(sequence.drafts.is_empty(), "{:?} has old drafts", sequence.id);
         }
         for sequence in self.waiting.iter() {
             assert_eq!((sequence.n_computed, sequence.blocks.capacity()), (0, 0), "waiting");
@@ -509,7 +515,7 @@ impl Scheduler {
 
 /// Blocks that a running sequence has yet to take for its known tokens and one more block.
 fn still_needed(sequence: &Sequence) -> usize {
-    blocks_for(sequence.tokens.len()) + 1 - sequence.blocks.blocks().len()
+    (blocks_for(sequence.tokens.len()) + 1).saturating_sub(sequence.blocks.blocks().len())
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ fn common(prompt_len: usize, max_tokens: u32) -> Spec {
 }
 
 fn of(user: &str, priority: i32, spec: Spec) -> Spec {
-    Spec { origin: Origin { user: user.to_owned(), salt: String::new(), priority }, ..spec }
+    Spec { origin: Origin { user: user.to_owned(), priority, ..Origin::default() }, ..spec }
 }
 
 /// (slot, start, tokens, sampled)
@@ -46,13 +46,13 @@ fn step(scheduler: &mut Scheduler) -> (Vec<Brief>, Vec<Committed>) {
 fn step_with(scheduler: &mut Scheduler, max_prefill: usize) -> (Vec<Brief>, Vec<Committed>) {
     let (mut plan, mut out) = (StepPlan::default(), Vec::new());
     if scheduler.schedule(&mut plan, max_prefill) {
-        let tokens: Vec<_> = (0..plan.entries.len())
+        let chosen: Chosen = (0..plan.entries.len())
             .map(|at| {
                 let end = plan.entries[at].start + plan.entries[at].n_tokens;
                 (end as usize == scheduler.scheduled(at).tokens.len()).then_some(7)
             })
             .collect();
-        scheduler.commit(&plan, &tokens, &mut out);
+        scheduler.commit(&plan, &chosen, &mut out);
     }
     let entry = |e: &Entry| (e.slot, e.start, e.n_tokens, e.n_sampled);
     (plan.entries.iter().map(entry).collect(), out)
@@ -186,7 +186,7 @@ fn cached_tokens_are_those_of_the_prompt_that_were_not_computed() {
         let mut plan = StepPlan::default();
         assert!(scheduler.schedule(&mut plan, usize::MAX));
         let n = scheduler.scheduled(0).n_cached;
-        scheduler.commit(&plan, &[Some(7)], &mut Vec::new());
+        scheduler.commit(&plan, &[Some(7)].into_iter().collect(), &mut Vec::new());
         n
     };
     scheduler.submit(common(20, 1)).unwrap();
@@ -262,6 +262,74 @@ fn what_can_never_run_is_refused_and_a_full_queue_says_so() {
     }
     let refused = scheduler.submit(spec(1, 1));
     assert_eq!(refused, Err(Refusal::Overloaded { waiting: 5 }));
+}
+
+/// One step in which the decoding sequences bring these drafts and are given these tokens.
+fn step_drafting(scheduler: &mut Scheduler, drafts: &[u32], tokens: &[u32]) -> Vec<Brief> {
+    let mut plan = StepPlan::default();
+    for (_, sequence) in scheduler.decoding_mut() {
+        sequence.drafts.extend(drafts);
+    }
+    assert!(scheduler.schedule(&mut plan, usize::MAX));
+    let mut chosen = Chosen::default();
+    for _ in &plan.entries {
+        tokens.iter().for_each(|&token| chosen.push(token));
+        chosen.end_entry();
+    }
+    let mut out = Vec::new();
+    scheduler.commit(&plan, &chosen, &mut out);
+    assert!(out.iter().map(|c| c.token).eq(tokens.iter().copied().cycle().take(out.len())));
+    plan.entries.iter().map(|e| (e.slot, e.start, e.n_tokens, e.n_sampled)).collect()
+}
+
+#[test]
+fn right_drafts_are_kept_and_wrong_ones_computed_again() {
+    let mut scheduler = Scheduler::new(options(64));
+    scheduler.submit(spec(14, 30)).unwrap();
+    step(&mut scheduler);
+    assert_eq!(step_drafting(&mut scheduler, &[5, 6, 7], &[5, 6, 9]), [(0, 14, 4, 4)]);
+    assert_eq!(step_drafting(&mut scheduler, &[1, 2], &[3]), [(0, 17, 3, 3)]);
+    assert_eq!(step(&mut scheduler).0, [(0, 18, 1, 1)]);
+    let tokens = &scheduler.running_mut(0).tokens;
+    assert_eq!(tokens[14..], [7, 5, 6, 9, 3, 7]);
+}
+
+#[test]
+fn a_block_full_of_drafts_has_no_name() {
+    let n_cached = |tokens: &[u32]| {
+        let mut scheduler = Scheduler::new(options(64));
+        let id = scheduler.submit(common(12, 20)).unwrap();
+        step(&mut scheduler);
+        step_drafting(&mut scheduler, &[40, 41, 42, 43], tokens);
+        scheduler.cancel(id);
+        scheduler.kv().n_cached()
+    };
+    assert_eq!(n_cached(&[40, 41, 42, 43, 44]), 1);
+    assert_eq!(n_cached(&[40, 41, 42, 50]), 1);
+    assert_eq!(n_cached(&[40, 41, 50]), 0);
+    assert_eq!(n_cached(&[50]), 0);
+}
+
+#[test]
+fn drafts_take_no_block_from_anyone_and_no_room_from_prefill() {
+    let mut scheduler = Scheduler::new(options(3));
+    scheduler.submit(spec(15, 20)).unwrap();
+    scheduler.submit(spec(13, 9)).unwrap();
+    step(&mut scheduler);
+    // One block is left for two: the first needs none yet, and its drafts get none.
+    assert_eq!(scheduler.room_for_drafts(), 4);
+    let entries = step_drafting(&mut scheduler, &[5, 6], &[9]);
+    assert_eq!(entries, [(0, 15, 1, 1), (1, 13, 3, 3)], "as many as fit the blocks that are held");
+    let mut scheduler = Scheduler::new(options(64));
+    scheduler.submit(spec(15, 20)).unwrap();
+    step(&mut scheduler);
+    assert_eq!(scheduler.room_for_drafts(), 5);
+    scheduler.submit(spec(40, 20)).unwrap();
+    assert_eq!(scheduler.room_for_drafts(), 0, "prefill will come");
+    step(&mut scheduler);
+    assert_eq!(scheduler.room_for_drafts(), 0, "prefill is not done");
+    step(&mut scheduler);
+    assert_eq!(scheduler.room_for_drafts(), 4);
 }
 
 #[test]

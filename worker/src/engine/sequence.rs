@@ -3,10 +3,13 @@
 //!
 //! Only the lead rank has them. It does not know blocks of others, steps or streams of bytes.
 
+use evener_telemetry::Context;
+
 use super::fairness::Account;
 use super::kv_blocks::BlockTable;
 use super::names::{Chain, Name};
 use super::sampler::Sampling;
+use super::speculation::MAX_DRAFTS;
 
 /// Names a sequence within an engine's life; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,6 +37,8 @@ pub struct Origin {
     pub salt: String,
     /// Lower is sooner; 0 is ordinary.
     pub priority: i32,
+    /// The span it is a part of, if its request is traced.
+    pub trace: Option<Context>,
 }
 
 /// Why a sequence ended by itself.
@@ -57,6 +62,8 @@ pub struct Sequence {
     pub max_tokens: usize,
     /// The prompt, then what was generated.
     pub tokens: Vec<u32>,
+    /// What may follow them; verified with the next token. Only while it decodes.
+    pub drafts: Vec<u32>,
     /// Names of the blocks that `tokens` fill.
     pub chain: Chain,
     pub blocks: BlockTable,
@@ -64,7 +71,7 @@ pub struct Sequence {
     pub n_told: usize,
     /// Positions whose keys and values are in the cache.
     pub n_computed: usize,
-    /// The same once the step in flight is done.
+    /// The same once the step in flight is done, drafts left out.
     pub n_planned: usize,
     /// Positions that were ever computed, before a preemption too.
     pub n_ever: usize,
@@ -91,6 +98,7 @@ impl Sequence {
             prompt_len: prompt.len(),
             max_tokens: max_tokens as usize,
             tokens: prompt,
+            drafts: Vec::new(),
             chain,
             blocks: BlockTable::default(),
             n_told: 0,
@@ -109,6 +117,7 @@ impl Sequence {
         self.tokens.reserve_exact(n_most - self.tokens.len());
         self.chain.reserve(n_most);
         self.blocks.reserve(n_most);
+        self.drafts.reserve_exact(MAX_DRAFTS);
     }
 
     #[must_use]
@@ -158,6 +167,7 @@ impl Sequence {
 
     /// What was computed is lost; what was generated, and what was told, is not.
     pub fn forget_computed(&mut self) {
+        self.drafts.clear();
         self.n_told = 0;
         self.n_computed = 0;
         self.n_planned = 0;

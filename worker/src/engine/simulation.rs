@@ -1,7 +1,7 @@
 //! Many steps of scheduler, blocks, plans and tables under random arrivals, lengths, priorities,
-//! users, salts and cancels, with a model that is a hash: the next token is a function of all
-//! tokens before it, read through the block tables. So a lost, repeated, stale or foreign token or
-//! block shows in what is generated.
+//! users, salts, cancels and drafts right and wrong, with a model that is a hash: the next token is
+//! a function of all tokens before it, read through the block tables. So a lost, repeated, stale or
+//! foreign token or block shows in what is generated.
 //!
 //! Checked after every step: the integrity of the scheduler, the plan's way over the wire, and that
 //! every sequence gets the tokens it would get alone.
@@ -12,6 +12,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::batch::Tables;
+use super::chosen::Chosen;
 use super::sampler::Sampling;
 use super::scheduler::{Committed, Options, Scheduler};
 use super::sequence::{Origin, SequenceId, Spec};
@@ -69,6 +70,8 @@ struct Simulation {
     n_cancelled: u64,
     n_spared: u64,
     n_copies: u64,
+    n_right: u64,
+    n_wrong: u64,
 }
 
 impl Simulation {
@@ -88,6 +91,8 @@ impl Simulation {
             n_cancelled: 0,
             n_spared: 0,
             n_copies: 0,
+            n_right: 0,
+            n_wrong: 0,
         }
     }
 
@@ -118,12 +123,30 @@ impl Simulation {
             n_prompt_rows: if prompt_logprobs { prompt.len() as u32 - 1 } else { 0 },
             tokens: prompt.clone(),
         };
-        let origin = Origin { user, salt, priority };
+        let origin = Origin { user, salt, priority, trace: None };
         let sampling = Sampling::default();
         let spec = Spec { prompt, max_tokens, sampling, prompt_logprobs, origin };
         if let Ok(id) = self.scheduler.submit(spec) {
             self.live.insert(id, client);
             self.ids.push_back(id);
+        }
+    }
+
+    /// Drafts that are right up to somewhere, for some.
+    fn draft(&mut self) {
+        let rng = &mut self.rng;
+        let mut room = self.scheduler.room_for_drafts();
+        for (_, sequence) in self.scheduler.decoding_mut() {
+            sequence.drafts.clear();
+            let n_left = sequence.max_tokens - sequence.n_generated();
+            let n = rng.random_range(0..9).min(room).min(n_left - 1);
+            room -= n;
+            let mut hash = self.live[&sequence.id].hash;
+            for _ in 0..n {
+                let token = (hash % 1000) as u32;
+                hash = mix(hash, token.into());
+                sequence.drafts.push((token + u32::from(rng.random_bool(0.2))) % 1000);
+            }
         }
     }
 
@@ -136,6 +159,7 @@ impl Simulation {
     }
 
     fn step(&mut self, n: u64) {
+        self.draft();
         let max_prefill = self.rng.random_range(1..64);
         if !self.scheduler.schedule(&mut self.plan, max_prefill) {
             assert!(self.scheduler.is_idle(), "what can run does run");
@@ -150,11 +174,12 @@ impl Simulation {
             self.cache.copy_within(from..from + KV_BLOCK_LEN, to);
             self.n_copies += 1;
         }
-        let mut tokens = Vec::new();
+        let mut chosen = Chosen::default();
         for (entry_idx, span) in self.batch.spans.iter().enumerate() {
             let sequence = self.scheduler.scheduled(entry_idx);
             let client = self.live.get_mut(&sequence.id).expect("only live sequences run");
             let blocks = &self.batch.block_tables[span.first_block as usize..];
+            let (mut drafts, mut n_told) = (sequence.drafts.iter(), 0);
             for row in span.first_row..span.first_row + span.n_rows {
                 let position = self.batch.positions[row as usize] as usize;
                 let before = match position.checked_sub(1) {
@@ -169,17 +194,28 @@ impl Simulation {
                 if position + 1 == client.tokens.len() {
                     assert_eq!(hash, client.hash, "read through its blocks");
                 }
+                if position + 1 == client.tokens.len() + n_told {
+                    let token = (hash % 1000) as u32;
+                    chosen.push(token);
+                    // What comes behind a wrong draft is not looked at.
+                    n_told =
+                        if drafts.next() == Some(&token) { n_told + 1 } else { usize::MAX / 2 };
+                }
             }
+            chosen.end_entry();
+            let ends = !chosen.of(entry_idx).is_empty();
+            let n_drafts = sequence.drafts.len();
+            let n_right = chosen.of(entry_idx).len().saturating_sub(1);
+            self.n_right += n_right as u64;
+            self.n_wrong += (n_drafts - n_right) as u64;
             let entry = &self.plan.entries[entry_idx];
-            let ends = (entry.start + entry.n_tokens) as usize == client.tokens.len();
-            client.n_prompt_rows -= entry.n_sampled - u32::from(ends);
-            tokens.push(ends.then_some((client.hash % 1000) as u32));
+            client.n_prompt_rows -= entry.n_sampled - u32::from(ends) - n_drafts as u32;
             if ends && sequence.n_generated() == 0 {
                 self.n_spared += sequence.n_cached as u64;
             }
         }
         let mut out = Vec::new();
-        self.scheduler.commit(&self.plan, &tokens, &mut out);
+        self.scheduler.commit(&self.plan, &chosen, &mut out);
         self.scheduler.check_integrity();
         for committed in out {
             self.receive(committed);
@@ -220,10 +256,12 @@ fn every_sequence_gets_its_tokens_and_every_block_comes_back() {
         simulation.step(n);
     }
     let Simulation { scheduler, live, n_done, n_cancelled, n_spared, n_copies, .. } = simulation;
+    let Simulation { n_right, n_wrong, .. } = simulation;
     let n_preempted = scheduler.n_preemptions();
     println!(
         "seed {seed}: {n} steps, {n_done} done, {n_cancelled} cancelled, {n_preempted} preempted, \
-         {n_spared} prompt tokens from the cache, {n_copies} copies"
+         {n_spared} prompt tokens from the cache, {n_copies} copies, {n_right} drafts right and \
+         {n_wrong} wrong"
     );
     assert!(live.is_empty());
     assert_eq!(scheduler.kv().n_available(), limits().n_kv_blocks);
@@ -233,6 +271,8 @@ fn every_sequence_gets_its_tokens_and_every_block_comes_back() {
         ("preempted", n_preempted),
         ("spared", n_spared),
         ("copied", n_copies),
+        ("drafts right", n_right),
+        ("drafts wrong", n_wrong),
     ] {
         assert!(count > N_STEPS / 1000, "{count} {what}: the simulation tests nothing");
     }

@@ -4,11 +4,14 @@
 //! peer are checked here against [`Limits`], and against the tables in `batch`, before anything
 //! uses them.
 
+use evener_telemetry::Context;
+
 use crate::backend::KV_BLOCK_LEN;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EvSP");
-const HEAD_WORDS: usize = 13;
+const HEAD_WORDS: usize = 14;
 const ENTRY_WORDS: usize = 5;
+const TRACE_WORDS: usize = 6;
 
 /// What a plan asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,6 +49,8 @@ pub struct StepPlan {
     pub blocks: Vec<u32>,
     /// Of [`Kind::Rows`]: indexes of sampled rows.
     pub rows: Vec<u32>,
+    /// Spans for which the step counts; each rank records its part.
+    pub traces: Vec<Context>,
 }
 
 /// A block that begins like another and goes on differently.
@@ -60,9 +65,10 @@ pub struct Copy {
 pub struct Entry {
     pub slot: u32,
     /// Position of its first token: where the slot is, 0 if it is new or was freed; or further, if
-    /// the new blocks hold what comes before, the last of them by a copy if it is not full.
+    /// the new blocks hold what comes before, the last of them by a copy if it is not full; or back
+    /// among the rows sampled last, where these were drafts that were wrong.
     pub start: u32,
-    /// At least 1.
+    /// At least 1. Drafts are the last of those that are sampled.
     pub n_tokens: u32,
     pub n_blocks: u32,
     /// Of its last rows the logits are wanted.
@@ -114,6 +120,7 @@ impl StepPlan {
             tokens: Vec::with_capacity(limits.max_batch_tokens),
             blocks: Vec::with_capacity(limits.max_table_blocks()),
             rows: Vec::with_capacity(limits.max_sample_rows),
+            traces: Vec::with_capacity(limits.n_slots),
             ..Self::default()
         }
     }
@@ -123,7 +130,7 @@ impl StepPlan {
     pub fn max_bytes(limits: &Limits) -> usize {
         let Limits { n_slots, max_batch_tokens, max_sample_rows, .. } = *limits;
         let n_lists = max_batch_tokens + limits.max_table_blocks() + max_sample_rows;
-        4 * (HEAD_WORDS + (1 + 2 + ENTRY_WORDS) * n_slots + n_lists)
+        4 * (HEAD_WORDS + (1 + 2 + ENTRY_WORDS + TRACE_WORDS) * n_slots + n_lists)
     }
 
     /// Empties it, keeping its memory.
@@ -136,6 +143,7 @@ impl StepPlan {
         self.tokens.clear();
         self.blocks.clear();
         self.rows.clear();
+        self.traces.clear();
     }
 
     #[must_use]
@@ -146,7 +154,7 @@ impl StepPlan {
     /// Replaces `out` by the plan's bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let Self { epoch, step, kind, asks, .. } = self;
-        let Self { freed_slots, copies, entries, tokens, blocks, rows, .. } = self;
+        let Self { freed_slots, copies, entries, tokens, blocks, rows, traces, .. } = self;
         out.clear();
         let mut word = |n: u32| out.extend_from_slice(&n.to_le_bytes());
         word(MAGIC);
@@ -168,6 +176,7 @@ impl StepPlan {
             tokens.len(),
             blocks.len(),
             rows.len(),
+            traces.len(),
         ];
         for n in counts {
             word(n as u32);
@@ -180,6 +189,7 @@ impl StepPlan {
         tokens.iter().for_each(|&token| word(token));
         blocks.iter().for_each(|&block| word(block));
         rows.iter().for_each(|&row| word(row));
+        traces.iter().flat_map(|trace| trace.words()).for_each(word);
     }
 
     /// Replaces the plan by what `bytes` say, if that is within `limits`. After an error the plan's
@@ -210,17 +220,18 @@ impl StepPlan {
         self.asks = asks == 1;
         self.epoch = u64::from(word()) | u64::from(word()) << 32;
         self.step = u64::from(word()) | u64::from(word()) << 32;
-        let [n_freed, n_copies, n_entries, n_tokens, n_blocks, n_rows] =
-            [word(), word(), word(), word(), word(), word()].map(|n| n as usize);
+        let [n_freed, n_copies, n_entries, n_tokens, n_blocks, n_rows, n_traces] =
+            [word(), word(), word(), word(), word(), word(), word()].map(|n| n as usize);
         at_most("number of freed slots", n_freed, limits.n_slots)?;
         at_most("number of copies", n_copies, limits.n_slots)?;
         at_most("number of entries", n_entries, limits.n_slots)?;
         at_most("number of tokens", n_tokens, limits.max_batch_tokens)?;
         at_most("number of blocks", n_blocks, limits.max_table_blocks())?;
         at_most("number of rows", n_rows, limits.max_sample_rows)?;
+        at_most("number of traces", n_traces, limits.n_slots)?;
         let n_lists =
             n_freed + 2 * n_copies + ENTRY_WORDS * n_entries + n_tokens + n_blocks + n_rows;
-        let n_words = HEAD_WORDS + n_lists;
+        let n_words = HEAD_WORDS + n_lists + TRACE_WORDS * n_traces;
         if bytes.len() != 4 * n_words {
             return Err(Error::Length { got: bytes.len(), expected: 4 * n_words });
         }
@@ -234,6 +245,11 @@ impl StepPlan {
         self.tokens.extend((0..n_tokens).map(|_| word()));
         self.blocks.extend((0..n_blocks).map(|_| word()));
         self.rows.extend((0..n_rows).map(|_| word()));
+        for _ in 0..n_traces {
+            let words = [word(), word(), word(), word(), word(), word()];
+            let missing = Error::TooSmall { what: "id of a trace", got: 0, min: 1 };
+            self.traces.push(Context::from_words(words).ok_or(missing)?);
+        }
         self.check(limits)
     }
 
@@ -333,6 +349,7 @@ mod tests {
             tokens: (100..121).collect(),
             blocks: vec![31, 7],
             rows: vec![15],
+            traces: Context::from_words([1, 2, 3, 4, 5, 6]).into_iter().collect(),
         }
     }
 
@@ -383,6 +400,13 @@ mod tests {
         check(|p| p.blocks = vec![0; 65], "number of blocks 65");
         check(|p| p.rows[0] = 16, "row 16");
         check(|p| p.rows = vec![0; 17], "number of rows 17");
+        check(|p| p.traces = vec![p.traces[0]; 5], "number of traces 5");
+        let mut bytes = Vec::new();
+        plan().encode(&mut bytes);
+        let trace_at = bytes.len() - 4 * TRACE_WORDS;
+        bytes[trace_at..].fill(0);
+        let error = StepPlan::default().decode(&bytes, &LIMITS).unwrap_err();
+        assert!(error.to_string().contains("id of a trace 0"), "{error}");
     }
 
     #[test]

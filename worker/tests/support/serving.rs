@@ -46,6 +46,16 @@ impl Serving {
     }
 
     pub fn with_blocks(checkpoint: &Checkpoint, world_size: usize, n_kv_blocks: u32) -> Self {
+        Self::drafting(checkpoint, world_size, n_kv_blocks, 0)
+    }
+
+    /// The same with drafts.
+    pub fn drafting(
+        checkpoint: &Checkpoint,
+        world_size: usize,
+        n_kv_blocks: u32,
+        max_drafts: usize,
+    ) -> Self {
         let shares: Vec<u32> = (1..=world_size as u32).collect();
         let split = shard::split(&checkpoint.config, &shares).unwrap();
         let vocab: Vec<_> = split.shards.iter().map(|shard| shard.vocab.clone()).collect();
@@ -81,8 +91,11 @@ impl Serving {
             Rank::new(mesh, backend, vocab.clone(), limits.clone())
         };
         let mut ranks = meshes.into_iter().enumerate().map(rank).collect::<Vec<_>>().into_iter();
-        let options =
-            scheduler::Options { max_waiting: 10_000, ..scheduler::Options::new(limits.clone()) };
+        let options = scheduler::Options {
+            max_waiting: 10_000,
+            max_drafts,
+            ..scheduler::Options::new(limits.clone())
+        };
         let figures = Arc::new(Figures::default());
         let (handle, mut lead) = Lead::new(ranks.next().unwrap(), options, Arc::clone(&figures));
         let mut threads = vec![std::thread::spawn(move || {
