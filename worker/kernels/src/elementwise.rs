@@ -5,7 +5,7 @@ use crate::math::exp;
 use crate::pool::{Pool, Shards, part};
 
 /// Elements that are worth waking the other threads for.
-const WORTH_SHARING: usize = 16 << 10;
+const WORTH_SHARING: usize = 4 << 10;
 
 /// `out = silu(gate) * up`, element by element (Shazeer 2020, "GLU Variants Improve Transformer").
 ///

@@ -22,6 +22,7 @@ pub mod measure;
 pub mod memory;
 pub mod norm;
 pub mod peaks;
+mod pieces;
 pub mod pool;
 pub mod rope;
 pub mod softmax;

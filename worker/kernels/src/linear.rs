@@ -7,13 +7,13 @@
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::activation::{Activation, BLOCK, GROUP, Precision};
 use crate::dense;
 use crate::isa::Isa;
 use crate::matrix::{Matrix, TILE_ROWS, Weights};
-use crate::pool::{Pool, Shards, part};
+use crate::pieces::Pieces;
+use crate::pool::{Pool, Shards};
 use crate::quant::blocks::Blocks;
 use crate::quant::{portable, with_blocks};
 
@@ -31,14 +31,6 @@ const MAX_PROJECTIONS: usize = 8;
 
 /// Bytes of activations that stay in a core's own cache while tiles pass by.
 const CHUNK_BYTES: usize = 1 << 20;
-
-/// Bytes of weights that a thread takes at a time; in a small matrix less, so that a slow core
-/// leaves something to the others.
-const PIECE_BYTES: usize = 128 << 10;
-const MIN_PIECES: usize = 8;
-
-/// Threads that have pieces of their own; more of them share.
-const MAX_OWNERS: usize = 64;
 
 /// How the columns of a matrix are summed.
 #[derive(Debug, Clone, Copy)]
@@ -145,91 +137,28 @@ fn run(
         scratch.terms.fill(pool, isa, scratch.precision, x, columns);
     }
     let mut jobs = [const { None }; MAX_PROJECTIONS];
-    let (mut n_tiles, mut bytes) = (0, 0);
+    let mut n_tiles = [0; MAX_PROJECTIONS];
+    let mut bytes = 0;
     assert!(projections.len() <= MAX_PROJECTIONS, "a fused group of {}", projections.len());
-    for (job, projection) in jobs.iter_mut().zip(projections) {
+    let n_matrices = projections.len();
+    for (i, projection) in projections.iter_mut().enumerate() {
         let weight = projection.weight;
         assert_eq!(weight.columns, columns, "weight's width");
         assert_eq!(projection.out.len(), sum.part_leaves.len() * rows * weight.rows, "output");
-        *job = Some(Job { weight, out: Shards::new(projection.out) });
-        n_tiles += weight.n_tiles();
+        jobs[i] = Some(Job { weight, out: Shards::new(projection.out) });
+        n_tiles[i] = weight.n_tiles();
         bytes += weight.bytes() as usize;
     }
     let step = Step { isa, x, rows, scratch, sum };
+    let n_tiles = &n_tiles[..n_matrices];
     let pieces = Pieces::new(n_tiles, bytes, rows, step.chunk_rows(columns), pool.n_threads());
     pool.run(&|thread| {
-        while let Some((tiles, rows)) = pieces.take(thread) {
-            let mut first = 0;
-            for job in jobs.iter().flatten() {
-                let end = first + job.weight.n_tiles();
-                let tiles =
-                    tiles.start.clamp(first, end) - first..tiles.end.clamp(first, end) - first;
-                job.tiles(&step, tiles, rows.clone());
-                first = end;
+        while let Some(piece) = pieces.take(thread) {
+            for (i, job) in jobs.iter().flatten().enumerate() {
+                job.tiles(&step, pieces.tiles(&piece, i), piece.rows.clone());
             }
         }
     });
-}
-
-/// The work of a step: chunks of rows, each over all tiles, some tiles at a time. A thread goes
-/// through tiles of its own in order, so that what it fetches ahead is what it reads next; when it
-/// has done them it helps others from their end.
-struct Pieces {
-    n_tiles: usize,
-    rows: usize,
-    chunk_rows: usize,
-    n_owners: usize,
-    per_owner: usize,
-    /// Of each owner: its first piece that is not taken, and the end of them.
-    left: [Line; MAX_OWNERS],
-}
-
-/// On a cache line of its own.
-#[repr(align(64))]
-struct Line(AtomicU64);
-
-impl Pieces {
-    fn new(n_tiles: usize, bytes: usize, rows: usize, chunk_rows: usize, n_threads: usize) -> Self {
-        let n_owners = n_threads.min(MAX_OWNERS);
-        let per_owner = if n_threads == 1 {
-            1
-        } else {
-            (bytes / (n_threads * PIECE_BYTES)).max(MIN_PIECES).min(n_tiles.div_ceil(n_owners))
-        };
-        let n_pieces = rows.div_ceil(chunk_rows) * per_owner;
-        let left = [const { Line(AtomicU64::new(0)) }; MAX_OWNERS];
-        for owner in &left[..n_owners] {
-            owner.0.store((n_pieces as u64) << 32, Ordering::Relaxed);
-        }
-        Self { n_tiles, rows, chunk_rows, n_owners, per_owner, left }
-    }
-
-    /// Tiles and rows of a piece that nobody else gets.
-    fn take(&self, thread: usize) -> Option<(Range<usize>, Range<usize>)> {
-        (0..self.n_owners).find_map(|i| {
-            let owner = (thread + i) % self.n_owners;
-            let left = &self.left[owner].0;
-            let take = |left: u64| {
-                let (first, end) = (left & u64::from(u32::MAX), left >> 32);
-                let (first, end) = if i == 0 { (first + 1, end) } else { (first, end - 1) };
-                (first <= end).then_some(first | end << 32)
-            };
-            let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                if left & u64::from(u32::MAX) < left >> 32 { take(left) } else { None }
-            });
-            let before = before.ok()?;
-            let piece = if i == 0 { before & u64::from(u32::MAX) } else { (before >> 32) - 1 };
-            Some(self.get(owner, piece as usize))
-        })
-    }
-
-    /// Tiles and rows of the i-th piece of an owner.
-    fn get(&self, owner: usize, i: usize) -> (Range<usize>, Range<usize>) {
-        let (chunk, i) = (i / self.per_owner, i % self.per_owner);
-        let first = chunk * self.chunk_rows;
-        let rows = first..(first + self.chunk_rows).min(self.rows);
-        (part(self.n_tiles, owner * self.per_owner + i, self.n_owners * self.per_owner), rows)
-    }
 }
 
 fn check_sum(sum: &Sum<'_>, columns: usize) {

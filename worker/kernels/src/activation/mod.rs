@@ -27,7 +27,7 @@ const MAGIC: f32 = 12_582_912.0;
 const MAGIC_BITS: i32 = 0x4b40_0000;
 
 /// Numbers below which quantising is left to one thread.
-const SMALL: usize = 16 * 1024;
+const SMALL: usize = 4 * 1024;
 
 /// Bits of a quantised activation. 8 round as most CPU engines do and move a small model's choice
 /// at some 4 % of positions; 12 are as good as f32 to within a few in a thousand.
