@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::etcd::{Etcd, free_address};
+use crate::etcd::Etcd;
 use crate::http::Api;
+use crate::ports::Reserved;
 use crate::process::{Ended, Process, living_processes_marked, signal};
 use crate::{READY, SOON, evener, eventually, model};
 
@@ -38,6 +39,7 @@ pub struct Cluster {
     mark: String,
     /// `evener up`, or the coordinator and then the workers by rank.
     processes: Vec<Process>,
+    ports: Vec<Reserved>,
     logs: tempfile::TempDir,
     _etcd: Option<Etcd>,
 }
@@ -159,8 +161,15 @@ impl Builder {
         let stem = self.model.file_stem().expect("a model file has a name");
         let model = stem.to_string_lossy().into_owned();
         let logs = tempfile::tempdir().expect("a temporary directory");
-        let mut cluster =
-            Cluster { api: Api::at(""), model, mark, processes: Vec::new(), logs, _etcd: etcd };
+        let mut cluster = Cluster {
+            api: Api::at(""),
+            model,
+            mark,
+            processes: Vec::new(),
+            ports: Vec::new(),
+            logs,
+            _etcd: etcd,
+        };
         if self.separately {
             self.start_separately(&mut cluster);
         } else {
@@ -192,21 +201,18 @@ impl Builder {
         }
         args.extend(self.args.clone());
         let mut up = Process::start("evener up", &evener(), &args, &cluster.mark);
-        let url = eventually("`evener up` prints its URL", READY, || {
-            let (ended, stdout, report) = (up.has_ended(), up.stdout(), up.report());
-            async move {
-                let url = stdout.split_whitespace().find_map(|word| word.strip_suffix("/v1"));
-                assert!(url.is_some() || !ended, "`evener up` ended at once\n{report}");
-                url.map(str::to_owned)
-            }
-        })
-        .await;
+        let url = |stdout: &str| {
+            let url = stdout.split_whitespace().find_map(|word| word.strip_suffix("/v1"));
+            url.map(str::to_owned)
+        };
+        let url = up.prints("the URL of the API", READY, url).await;
         cluster.api = Api::at(&url);
         cluster.processes.push(up);
     }
 
     fn start_separately(&self, cluster: &mut Cluster) {
-        let (listen, registry_listen) = (free_address(), free_address());
+        let ports = [Reserved::new(), Reserved::new()];
+        let [listen, registry_listen] = ports.each_ref().map(Reserved::address);
         let registry = self.registry_flag(cluster);
         let workers_registry = match self.registry {
             Registry::Embedded => format!("embedded://{registry_listen}"),
@@ -230,6 +236,7 @@ impl Builder {
             processes.push(Process::start(&id, &evener(), &worker, &cluster.mark));
         }
         cluster.processes = processes;
+        cluster.ports = ports.into();
         cluster.api = Api::at(&format!("http://{listen}"));
     }
 }

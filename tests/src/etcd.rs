@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use crate::ports::Reserved;
 use crate::process::Process;
-use crate::{SOON, eventually, root};
+use crate::{SOON, root};
 
 /// A running etcd; killed on drop.
 pub struct Etcd {
     address: String,
+    _ports: [Reserved; 2],
     _process: Process,
     _data: tempfile::TempDir,
 }
@@ -17,7 +19,8 @@ impl Etcd {
     /// It has not been fetched, or does not come up.
     pub async fn start(mark: &str) -> Self {
         let data = tempfile::tempdir().expect("a temporary directory");
-        let (client, peer) = (free_address(), free_address());
+        let ports = [Reserved::new(), Reserved::new()];
+        let [client, peer] = ports.each_ref().map(Reserved::address);
         let (client_url, peer_url) = (format!("http://{client}"), format!("http://{peer}"));
         let dir = data.path().display().to_string();
         let args = [
@@ -32,15 +35,9 @@ impl Etcd {
         ];
         let args: Vec<&str> = args.iter().flat_map(|(flag, value)| [*flag, *value]).collect();
         let mut process = Process::start("etcd", &binary(), &args, mark);
-        let ended = || process.has_ended();
-        let mut ended = ended;
-        eventually("etcd listens", SOON, || {
-            assert!(!ended(), "etcd ended at once");
-            let client = client.clone();
-            async move { tokio::net::TcpStream::connect(client).await.ok() }
-        })
-        .await;
-        Self { address: client, _process: process, _data: data }
+        let connect = || async { tokio::net::TcpStream::connect(&client).await.ok() };
+        process.lives_until("etcd listens", SOON, connect).await;
+        Self { address: client, _ports: ports, _process: process, _data: data }
     }
 
     /// host:port of its clients.
@@ -48,12 +45,6 @@ impl Etcd {
     pub fn address(&self) -> &str {
         &self.address
     }
-}
-
-/// An address that was free a moment ago. etcd cannot be told to take any and say which.
-pub(crate) fn free_address() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound socket has an address").to_string()
 }
 
 fn binary() -> PathBuf {

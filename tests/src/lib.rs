@@ -9,6 +9,7 @@ mod binary;
 mod cluster;
 mod etcd;
 mod http;
+mod ports;
 mod process;
 
 pub use binary::{evener, model, root};
@@ -30,7 +31,16 @@ pub const SOON: Duration = Duration::from_secs(60);
 pub const ENDLESS: &str = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25";
 
 /// Waits until `probe` answers, or panics with `what` was waited for.
-pub async fn eventually<T, F>(what: &str, deadline: Duration, mut probe: impl FnMut() -> F) -> T
+pub async fn eventually<T, F>(what: &str, deadline: Duration, probe: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    let found = within(deadline, probe).await;
+    found.unwrap_or_else(|| panic!("{what}: not within {} s", deadline.as_secs()))
+}
+
+/// What `probe` answers once it does; `None` if it did not before the deadline.
+async fn within<T, F>(deadline: Duration, mut probe: impl FnMut() -> F) -> Option<T>
 where
     F: Future<Output = Option<T>>,
 {
@@ -44,8 +54,5 @@ where
             }
         }
     };
-    match tokio::time::timeout(deadline, waited).await {
-        Ok(answer) => answer,
-        Err(_) => panic!("{what}: not within {} s", deadline.as_secs()),
-    }
+    tokio::time::timeout(deadline, waited).await.ok()
 }

@@ -10,6 +10,8 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 
+use crate::within;
+
 /// Environment variable by which everything that a test started can be found again.
 const MARK: &str = "EVENERTEST_MARK";
 
@@ -68,6 +70,47 @@ impl Process {
         Self { name: name.to_owned(), child, output, pumps }
     }
 
+    /// What `probe` finds in what it wrote to standard output, once it is there.
+    ///
+    /// # Panics
+    /// It ends first, or does not come in time.
+    pub async fn prints<T>(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        probe: impl Fn(&str) -> Option<T>,
+    ) -> T {
+        let output = self.output.clone();
+        self.lives_until(what, deadline, || {
+            let found = probe(&text(&output.stdout));
+            async move { found }
+        })
+        .await
+    }
+
+    /// What `probe` answers, once it does.
+    ///
+    /// # Panics
+    /// This process ends first, or no answer comes in time; either way with all it said.
+    pub async fn lives_until<T, F>(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        probe: impl FnMut() -> F,
+    ) -> T
+    where
+        F: Future<Output = Option<T>>,
+    {
+        tokio::select! {
+            found = within(deadline, probe) => found.unwrap_or_else(|| {
+                panic!("{what}: not within {} s\n{}", deadline.as_secs(), self.report())
+            }),
+            ended = self.end() => {
+                panic!("{} ended ({}), waited for: {what}\n{}", self.name, ended.status, self.report())
+            }
+        }
+    }
+
     /// What it wrote to standard output so far.
     #[must_use]
     pub fn stdout(&self) -> String {
@@ -87,11 +130,6 @@ impl Process {
         self.child.id().unwrap_or_else(|| panic!("{} has ended", self.name))
     }
 
-    /// Whether it has ended.
-    pub fn has_ended(&mut self) -> bool {
-        self.child.try_wait().is_ok_and(|status| status.is_some())
-    }
-
     /// Asks it to finish and end.
     pub fn terminate(&self) {
         signal(self.pid(), "TERM");
@@ -102,15 +140,19 @@ impl Process {
     /// # Panics
     /// It does not end in time.
     pub async fn ended(&mut self, deadline: Duration) -> Ended {
-        let status = tokio::time::timeout(deadline, self.child.wait()).await;
-        let Ok(status) = status else {
-            panic!("{} did not end within {} s\n{}", self.name, deadline.as_secs(), self.report());
-        };
+        let ended = tokio::time::timeout(deadline, self.end()).await;
+        ended.unwrap_or_else(|_| {
+            panic!("{} did not end within {} s\n{}", self.name, deadline.as_secs(), self.report())
+        })
+    }
+
+    /// Waits for its end and for the last of its output.
+    async fn end(&mut self) -> Ended {
+        let status = self.child.wait().await.expect("a child can be waited for");
         for pump in self.pumps.drain(..) {
             // Output that a grandchild still holds open must not block the test.
             let _ = tokio::time::timeout(Duration::from_secs(2), pump).await;
         }
-        let status = status.expect("a child can be waited for");
         Ended { status, stdout: self.stdout(), stderr: self.stderr() }
     }
 
@@ -165,4 +207,18 @@ pub fn living_processes_marked(mark: &str) -> Vec<String> {
             String::from_utf8_lossy(&line).replace('\0', " ")
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SOON;
+
+    #[tokio::test]
+    #[should_panic(expected = "the port is taken")]
+    async fn a_process_that_ends_too_early_is_shown_with_all_it_said() {
+        let script = ["-c", "echo serving soon; echo 'the port is taken' >&2; exit 1"];
+        let mut process = Process::start("sh", Path::new("/bin/sh"), &script, "early");
+        process.prints("a URL", SOON, |text| text.contains("http").then_some(())).await;
+    }
 }

@@ -209,7 +209,9 @@ fn of_a_lead(world_size: usize, sampling: &Sampling, max_drafts: usize) -> (u64,
             if output.events.len() >= N_SEQUENCES && first_step == 0 && steps >= warm {
                 (before, first_step) = (allocations, steps);
             }
-            if first_step > 0 && steps >= first_step + n_steps {
+            // Whether drafts pay is measured, so on a busy machine they may be few at first.
+            let is_drafted = max_drafts == 0 || figures.drafts_right_total() > 10;
+            if first_step > 0 && steps >= first_step + n_steps && is_drafted {
                 break (allocations - before, steps - first_step);
             }
         };
@@ -219,7 +221,6 @@ fn of_a_lead(world_size: usize, sampling: &Sampling, max_drafts: usize) -> (u64,
             abort.abort("the test is over");
         }
         leading.join().unwrap().unwrap();
-        assert!(max_drafts == 0 || figures.drafts_right_total() > 10, "there were drafts");
         counted
     })
 }
