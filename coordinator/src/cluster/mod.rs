@@ -40,6 +40,7 @@ use self::etcd::Etcd;
 use self::publish::{Publications, Publisher};
 use self::records::Deployment;
 use self::registry::{Put, Registry, jitter};
+use self::state::State;
 use crate::config::Place;
 use crate::group::figures::Group as GroupFigures;
 use crate::group::handle::Directory;
@@ -161,10 +162,11 @@ pub async fn start(options: Options, shutdown: CancellationToken) -> Result<Hand
     tasks.spawn(election::run(election, registry.clone(), leading, shutdown.clone()));
     let deploying = deploy(registry.clone(), options.deployments, shutdown.clone());
     tasks.spawn(deploying);
-    let (publisher, publications) = Publisher::new();
+    let state = State::new(options.identity, registry.describe());
+    let (publisher, publications) = Publisher::new(&state);
     tasks.spawn(supervisor::run(
         options.supervisor,
-        options.identity,
+        state,
         registry.clone(),
         leading_reader,
         publisher,

@@ -28,13 +28,12 @@ pub(super) struct Publications {
 }
 
 impl Publisher {
-    pub(super) fn new() -> (Self, Publications) {
-        let first = Directory {
-            missing: vec!["the cluster is starting".to_owned()],
-            ..Directory::default()
-        };
+    /// With what is to be read before the supervisor has begun: whoever listens may be asked at
+    /// once.
+    pub(super) fn new(state: &State) -> (Self, Publications) {
+        let first = directory(state);
+        let (status, status_reader) = watch::channel(Arc::new(status::page(state, &first)));
         let (directory, directory_reader) = watch::channel(Arc::new(first));
-        let (status, status_reader) = watch::channel(Arc::new(Value::Null));
         let (figures, figures_reader) = watch::channel(Arc::default());
         let readers = Publications {
             directory: directory_reader,

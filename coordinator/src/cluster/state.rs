@@ -27,6 +27,22 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Before anything is known.
+    pub(super) fn new(identity: String, registry: String) -> Self {
+        Self {
+            identity,
+            registry,
+            view: View::default(),
+            leading: false,
+            groups: BTreeMap::new(),
+            backoff: BTreeMap::new(),
+            shunned: BTreeMap::new(),
+            lingering: BTreeMap::new(),
+            descriptions: Descriptions::default(),
+            placement: Placement::default(),
+        }
+    }
+
     /// A worker that is registered, or was a moment ago.
     pub(super) fn worker(&self, id: &WorkerId) -> Option<&Worker> {
         let lingering = || self.lingering.get(id).map(|lingering| &lingering.worker);

@@ -5,7 +5,6 @@
 //! through one channel. What should be done is decided by `placement.rs` and `formation.rs`; what
 //! is published is built in `publish.rs`.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
@@ -14,12 +13,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::descriptions::{self, Descriptions};
+use super::descriptions;
 
 use super::formation::{Failure, Formation, Outcome};
 use super::member::{self, Join, Peer, Told};
-use super::membership::{View, fold};
-use super::placement::{self, Placement, Policy, Situation, Wanted};
+use super::membership::fold;
+use super::placement::{self, Policy, Situation, Wanted};
 use super::publish::Publisher;
 use super::records::{Group, GroupState, Member, Worker};
 use super::registry::{Error, FollowOptions, Registry, jitter};
@@ -96,7 +95,7 @@ pub(super) struct Supervisor {
 /// Supervises until `shutdown`. Groups live on then: coordinators come and go.
 pub(super) async fn run(
     options: Options,
-    identity: String,
+    state: State,
     registry: Registry,
     mut leading: watch::Receiver<bool>,
     mut publisher: Publisher,
@@ -106,18 +105,7 @@ pub(super) async fn run(
     let (reports, mut events) = mpsc::channel(REPORTS);
     let mut follower = registry.follow(evener_proto::keys::PREFIX, options.follow.clone());
     let mut supervisor = Supervisor {
-        state: State {
-            identity,
-            registry: registry.describe(),
-            view: View::default(),
-            leading: false,
-            groups: BTreeMap::new(),
-            backoff: BTreeMap::new(),
-            shunned: BTreeMap::new(),
-            lingering: BTreeMap::new(),
-            descriptions: Descriptions::default(),
-            placement: Placement::default(),
-        },
+        state,
         writer: Writer::start(registry.clone(), options.backoff_max / 20),
         options,
         registry,

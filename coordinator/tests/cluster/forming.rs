@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use evener_coordinator::cluster;
 use evener_coordinator::config::Place;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::rig::{Kind, Rig};
@@ -43,6 +43,19 @@ async fn workers_that_hold_a_deployed_model_form_a_group_in_the_order_of_their_i
     assert!(directory.missing.is_empty(), "{:?}", directory.missing);
     let model = directory.models.values().next().unwrap();
     assert_eq!((model.name.as_str(), model.context_length), (MODEL, 512));
+}
+
+#[tokio::test]
+async fn the_status_page_can_be_read_before_the_supervisor_has_begun() {
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let options = options(Place::Embedded { listen });
+    // On the one thread of this test no task has run when this returns.
+    let handles = cluster::start(options, CancellationToken::new()).await.unwrap();
+    let page = handles.status.borrow().clone();
+    assert_eq!((&page["ready"], &page["leading"]), (&false.into(), &false.into()), "{page:#}");
+    assert_eq!((&page["workers"], &page["groups"]), (&json!([]), &json!([])));
+    assert_eq!(page["missing"], json!(handles.directory.borrow().missing));
+    assert!(page["missing"][0].as_str().unwrap().contains("has not been read"), "{page:#}");
 }
 
 #[tokio::test]
