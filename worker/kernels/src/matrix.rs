@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::dense::{self, Dense};
+use crate::isa::Isa;
 use crate::memory::{Memory, Stretch};
 use crate::pool::{Pool, Shards, part};
 use crate::quant::tiles::{Record, Tiles};
@@ -95,6 +96,7 @@ pub fn pack_all(
         (0..n_threads).map(|thread| chunks(&layouts, thread, n_threads)).collect();
     let taken: Vec<AtomicUsize> = chunks.iter().map(|_| AtomicUsize::new(0)).collect();
     let is_stopped = AtomicBool::new(false);
+    let isa = Isa::detect();
     let bytes = Shards::new(&mut memory);
     pool.run(&|thread| {
         for owner in (thread..n_threads).chain(0..thread) {
@@ -112,7 +114,7 @@ pub fn pack_all(
                     // SAFETY: each tile is in one chunk, which one thread takes, and has bytes of
                     // its own.
                     let record = unsafe { bytes.range(start..start + layout.tile_bytes) };
-                    layout.pack(source, tile, record);
+                    layout.pack(isa, source, tile, record);
                 }
             }
         }
@@ -175,12 +177,12 @@ impl Layout {
         tiles.start * TILE_ROWS..(tiles.end * TILE_ROWS).min(self.rows)
     }
 
-    fn pack(&self, source: &dyn Source, tile: usize, bytes: &mut [u8]) {
+    fn pack(&self, isa: Isa, source: &dyn Source, tile: usize, bytes: &mut [u8]) {
         let rows = self.rows_of(&(tile..tile + 1));
         match &self.record {
             Some(record) => with_blocks!(
                 self.format,
-                B => record.pack::<B>(source, rows, bytes),
+                B => record.pack::<B>(isa, source, rows, bytes),
                 _ => unreachable!("quantised formats have blocks")
             ),
             None => dense::pack_tile(self.format, source, rows, bytes),

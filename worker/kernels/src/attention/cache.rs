@@ -20,6 +20,11 @@ pub(super) const RUN: usize = 4 * LANES;
 /// Bytes in front of a page whose numbers have scales: one f32 per position.
 pub(super) const SCALE_BYTES: usize = 4 * BLOCK_LEN;
 
+/// Neighbouring blocks whose pages lie together. A sequence in neighbouring blocks is read as long
+/// streams, one for each head; and the first block of each head lies near that of the others, so that
+/// a short one occupies few huge pages.
+const NEIGHBOURS: usize = 64;
+
 /// Fewer rows are written by the caller's thread alone.
 const MIN_SHARED_ROWS: usize = 8;
 
@@ -63,15 +68,13 @@ impl Format {
 }
 
 /// One layer's keys and values of a rank. A page holds one KV head's keys, or values, of one block;
-/// with scales in front if the format has them. All pages of a head lie together, so that a sequence
-/// whose blocks are neighbours is read as one stream.
+/// with scales in front if the format has them.
 #[derive(Debug)]
 pub struct KvCache {
-    /// `[kv head, block, (scale of each position), column, position in block]`: scores of a block's
-    /// positions are lanes.
-    k: Memory,
-    /// `[kv head, block, (scale of each position), run of columns, position in block, column]`
-    v: Memory,
+    /// `[64 blocks, keys then values, kv head, block of the 64, page]`. A page of keys is `[(scale of
+    /// each position), column, position in block]`: scores of a block's positions are lanes. One of
+    /// values is `[(scale of each position), run of columns, position in block, column]`.
+    memory: Memory,
     format: Format,
     n_blocks: usize,
     n_kv_heads: usize,
@@ -93,9 +96,9 @@ impl KvCache {
         head_dim: usize,
     ) -> io::Result<Self> {
         assert!(head_dim.is_multiple_of(2 * LANES), "heads of {head_dim} columns");
-        let len = n_blocks * n_kv_heads * format.page_bytes(head_dim);
-        let (k, v) = (Memory::zeroed(len)?, Memory::zeroed(len)?);
-        Ok(Self { k, v, format, n_blocks, n_kv_heads, head_dim })
+        let n_pages = 2 * n_kv_heads * n_blocks.next_multiple_of(NEIGHBOURS);
+        let memory = Memory::zeroed(n_pages * format.page_bytes(head_dim))?;
+        Ok(Self { memory, format, n_blocks, n_kv_heads, head_dim })
     }
 
     #[must_use]
@@ -122,33 +125,32 @@ impl KvCache {
         let in_cache = |&slot: &u32| (slot as usize) < self.n_blocks * BLOCK_LEN;
         assert!(slots.iter().all(in_cache), "slots are in the cache");
         if slots.len() < MIN_SHARED_ROWS || width == 0 {
-            let memory = [self.k.as_mut_ptr(), self.v.as_mut_ptr()];
+            let memory = self.memory.as_mut_ptr();
             self.write_rows(memory, isa, slots, k, v);
             return;
         }
         // Threads write places of their own, which share no slice.
-        let memory = [self.k.as_mut_ptr(), self.v.as_mut_ptr()].map(AtomicPtr::new);
+        let memory = AtomicPtr::new(self.memory.as_mut_ptr());
         let (cache, n_threads) = (&*self, pool.n_threads());
         pool.run(&|thread| {
             let rows = part(slots.len(), thread, n_threads);
             let numbers = rows.start * width..rows.end * width;
-            let memory = [0, 1].map(|i| memory[i].load(Ordering::Relaxed));
+            let memory = memory.load(Ordering::Relaxed);
             cache.write_rows(memory, isa, &slots[rows], &k[numbers.clone()], &v[numbers]);
         });
     }
 
     /// Of checked rows, to the memory of keys and values; whoever calls it has borrowed that uniquely,
     /// and has other rows than other threads.
-    fn write_rows(&self, memory: [*mut u8; 2], isa: Isa, slots: &[u32], k: &[f32], v: &[f32]) {
-        let (d, page_bytes) = (self.head_dim, self.format.page_bytes(self.head_dim));
+    fn write_rows(&self, memory: *mut u8, isa: Isa, slots: &[u32], k: &[f32], v: &[f32]) {
+        let d = self.head_dim;
         for (row, &slot) in slots.iter().enumerate() {
             let (block, at) = (slot as usize / BLOCK_LEN, slot as usize % BLOCK_LEN);
             for head in 0..self.n_kv_heads {
-                let page = (head * self.n_blocks + block) * page_bytes;
                 let from = (row * self.n_kv_heads + head) * d;
                 let (k, v) = (&k[from..from + d], &v[from..from + d]);
                 // SAFETY: a page of the cache, as `write` asserted.
-                let pages = unsafe { [memory[0].add(page), memory[1].add(page)] };
+                let pages = self.places(block, head).map(|at| unsafe { memory.add(at) });
                 match self.format {
                     Format::F16 => dispatch_simd!(isa, fn(
                         pages: [*mut u8; 2], at: usize, k: &[f32], v: &[f32],
@@ -172,9 +174,8 @@ impl KvCache {
         assert!(from.max(to) < self.n_blocks, "blocks are in the cache");
         let page_bytes = self.format.page_bytes(self.head_dim);
         for head in 0..self.n_kv_heads {
-            let [from, to] = [from, to].map(|block| (head * self.n_blocks + block) * page_bytes);
-            for memory in [&mut self.k, &mut self.v] {
-                memory.copy_within(from..from + page_bytes, to);
+            for (from, to) in self.places(from, head).into_iter().zip(self.places(to, head)) {
+                self.memory.copy_within(from..from + page_bytes, to);
             }
         }
     }
@@ -182,10 +183,16 @@ impl KvCache {
     /// Where the keys and the values of a block begin.
     pub(super) fn pages(&self, block: usize, kv_head: usize) -> [*const u8; 2] {
         debug_assert!(block < self.n_blocks && kv_head < self.n_kv_heads);
-        let at = (kv_head * self.n_blocks + block) * self.format.page_bytes(self.head_dim);
-        debug_assert!(at < self.k.len());
         // SAFETY: within the memory, as asserted in debug builds and checked by `attend` and `write`.
-        unsafe { [self.k.as_ptr().add(at), self.v.as_ptr().add(at)] }
+        self.places(block, kv_head).map(|at| unsafe { self.memory.as_ptr().add(at) })
+    }
+
+    /// Where in the memory the keys and the values of a block begin.
+    fn places(&self, block: usize, kv_head: usize) -> [usize; 2] {
+        let (first, at) = (block / NEIGHBOURS * 2 * self.n_kv_heads, block % NEIGHBOURS);
+        let page = |head: usize| (first + head) * NEIGHBOURS + at;
+        let pages = [page(kv_head), page(self.n_kv_heads + kv_head)];
+        pages.map(|page| page * self.format.page_bytes(self.head_dim))
     }
 }
 

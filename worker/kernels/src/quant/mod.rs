@@ -105,6 +105,7 @@ pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod blocks;
+mod pack;
 pub(crate) mod portable;
 pub(crate) mod tiles;
 

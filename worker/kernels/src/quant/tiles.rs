@@ -14,11 +14,11 @@ use half::f16;
 
 use super::blocks::{Blocks, RUN, Scales};
 use crate::linear::TileWeights;
-use crate::matrix::{Source, TILE_ROWS};
+use crate::matrix::TILE_ROWS;
 use crate::memory::{Stretch, numbers};
 
 /// Runs of a super-block.
-const SUPER_RUNS: usize = 8;
+pub(super) const SUPER_RUNS: usize = 8;
 
 /// Where the top bits of a run of 6-bit quants begin.
 pub(crate) const TOPS: usize = 256;
@@ -28,9 +28,6 @@ pub(crate) const FIFTHS: usize = 64;
 
 /// Parts of a record begin on a cache line.
 pub(crate) const LINE: usize = 64;
-
-/// A block of any format, for the rows that the last tile lacks.
-const NO_ROW: [u8; 256] = [0; 256];
 
 /// Packed weights of a matrix: `[tile, record]`.
 #[derive(Debug)]
@@ -43,21 +40,21 @@ pub(crate) struct Tiles {
 #[derive(Debug, Clone)]
 pub(crate) struct Record {
     /// `[run, 256 or 512]`
-    quants: Range<usize>,
+    pub(super) quants: Range<usize>,
     /// `[run, 8 masks of 64]`
-    fifths: Range<usize>,
+    pub(super) fifths: Range<usize>,
     /// f16 bits: `[run, 16]`, of super-blocks `[super-block, 16]`.
-    d: Range<usize>,
+    pub(super) d: Range<usize>,
     /// As `d`.
-    m: Range<usize>,
+    pub(super) m: Range<usize>,
     /// `[run, 16]`
-    sc: Range<usize>,
+    pub(super) sc: Range<usize>,
     /// `[run, 16]`
-    mc: Range<usize>,
+    pub(super) mc: Range<usize>,
     len: usize,
-    n_runs: usize,
+    pub(super) n_runs: usize,
     /// Run of the first super-block at which rows begin: not 0 where a split fell inside it.
-    first_run: usize,
+    pub(super) first_run: usize,
 }
 
 /// Bytes of a run's quants, of all rows of a tile.
@@ -100,87 +97,6 @@ impl Record {
     pub(crate) fn len(&self) -> usize {
         self.len
     }
-
-    /// Packs the tile whose first row is `first` into its bytes. Rows that there are not weigh
-    /// nothing.
-    pub(crate) fn pack<B: Blocks>(
-        &self,
-        source: &dyn Source,
-        rows: Range<usize>,
-        record: &mut [u8],
-    ) {
-        assert!(rows.len() <= TILE_ROWS && record.len() == self.len, "one tile, {rows:?}");
-        let blocks: [Option<&[u8]>; TILE_ROWS] = std::array::from_fn(|lane| {
-            (lane < rows.len()).then(|| source.row_blocks(rows.start + lane))
-        });
-        let (runs_per_block, size) = (B::FORMAT.block_len() / RUN, B::FORMAT.block_bytes());
-        for b in 0..self.n_runs {
-            let at = self.first_run + b;
-            let start = at / runs_per_block * size;
-            let quants = &mut record[self.quants.clone()][b * quant_bytes(B::BITS)..];
-            let vectors = &mut quants.as_chunks_mut::<64>().0[..quant_bytes(B::BITS) / 64];
-            let mut rest = Rest::default();
-            for lane in 0..TILE_ROWS {
-                let block = match blocks[lane] {
-                    Some(blocks) => &blocks[start..start + size],
-                    None => &NO_ROW[..size],
-                };
-                let run = B::run(block, at % runs_per_block);
-                for (vector, word) in vectors.iter_mut().zip(run.words) {
-                    vector[4 * lane..4 * lane + 4].copy_from_slice(&word.to_le_bytes());
-                }
-                rest.fifths[lane] = run.fifths;
-                (rest.d[lane], rest.m[lane]) = (run.d, run.m);
-                (rest.sc[lane], rest.mc[lane]) = (run.sc, run.mc);
-            }
-            self.store::<B>(&rest, b, record);
-        }
-    }
-
-    /// What a run has beside its quants.
-    #[inline(always)]
-    fn store<B: Blocks>(&self, rest: &Rest, b: usize, record: &mut [u8]) {
-        if B::BITS == 5 {
-            let masks = &mut record[self.fifths.clone()][b * FIFTHS..(b + 1) * FIFTHS];
-            for (vector, mask) in masks.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let first = vector % 2 * 16 + vector / 2 * 4;
-                let mut bits = 0;
-                for lane in 0..TILE_ROWS {
-                    bits |= u64::from(rest.fifths[lane] >> first & 15) << (4 * lane);
-                }
-                *mask = bits.to_le_bytes();
-            }
-        }
-        let of_run = b * TILE_ROWS..(b + 1) * TILE_ROWS;
-        let scale = if B::SCALES.is_super() { (self.first_run + b) / SUPER_RUNS } else { b };
-        store_scales(&mut record[self.d.clone()], scale, &rest.d);
-        if B::SCALES.has_min() {
-            store_scales(&mut record[self.m.clone()], scale, &rest.m);
-        }
-        if B::SCALES.is_super() {
-            record[self.sc.clone()][of_run.clone()].copy_from_slice(&rest.sc);
-            record[self.mc.clone()][of_run].copy_from_slice(&rest.mc);
-        }
-    }
-}
-
-/// The `at`-th scales of 16 rows.
-#[inline(always)]
-fn store_scales(part: &mut [u8], at: usize, scales: &[u16; TILE_ROWS]) {
-    let bytes = &mut part[at * 2 * TILE_ROWS..(at + 1) * 2 * TILE_ROWS];
-    for (two, scale) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(scales) {
-        *two = scale.to_ne_bytes();
-    }
-}
-
-/// What the runs of 16 rows have beside their quants.
-#[derive(Default)]
-struct Rest {
-    fifths: [u32; TILE_ROWS],
-    d: [u16; TILE_ROWS],
-    m: [u16; TILE_ROWS],
-    sc: [u8; TILE_ROWS],
-    mc: [u8; TILE_ROWS],
 }
 
 impl Tiles {
