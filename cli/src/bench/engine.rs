@@ -17,6 +17,8 @@ use tonic::transport::{Channel, Endpoint};
 use crate::view::View;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Tokens of prompts that a step takes at least, whatever else is in it.
+const LEAST_PREFILL: usize = 4;
 /// Longest silence of a lead that has work.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -25,6 +27,8 @@ pub struct Engine {
     lead: WorkerClient<Channel>,
     epoch: u64,
     vocab: u32,
+    /// Tokens that a sequence may come to.
+    context_length: usize,
     /// So that no two prompts are equal.
     n_prompts: u32,
 }
@@ -39,7 +43,7 @@ struct Step {
 impl Engine {
     /// # Errors
     /// No group is ready, or its lead does not answer.
-    pub async fn connect(view: &View, vocab: u32) -> anyhow::Result<Self> {
+    pub async fn connect(view: &View, vocab: u32, context_length: usize) -> anyhow::Result<Self> {
         let group = view.groups.iter().find(|group| group.state == "ready");
         let group = group.context("no group is ready")?;
         let lead = group.members.first().context("the group has no lead")?;
@@ -51,7 +55,7 @@ impl Engine {
             .await
             .with_context(|| format!("the lead does not answer at {}", lead.address))?;
         let lead = WorkerClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { lead, epoch: group.epoch, vocab, n_prompts: 0 })
+        Ok(Self { lead, epoch: group.epoch, vocab, context_length, n_prompts: 0 })
     }
 
     /// Time from a prompt of so many tokens to the first token of its answer.
@@ -59,12 +63,13 @@ impl Engine {
     /// # Errors
     /// The lead refused it, or failed.
     pub async fn prefill(&mut self, n_tokens: usize) -> anyhow::Result<Duration> {
-        let (start, steps) = self.run(1, n_tokens, 1).await?;
+        let (start, steps) = self.run(1, n_tokens, 1, |_| false).await?;
         Ok(steps.last().context("no token came")?.at - start)
     }
 
     /// Time of one step in which `n_sequences` each add a token, from `n_steps` of them; each
-    /// sequence began with `context` tokens.
+    /// sequence began with `context` tokens. The first may be well ahead when the last prompt is
+    /// read, so they are asked for more tokens than that, and given up once enough was seen.
     ///
     /// # Errors
     /// The lead refused a sequence, failed, or never ran them all at once.
@@ -74,19 +79,23 @@ impl Engine {
         context: usize,
         n_steps: usize,
     ) -> anyhow::Result<Duration> {
-        let (_, steps) = self.run(n_sequences, context, n_steps + 1).await?;
+        let n_ahead = n_sequences * context / LEAST_PREFILL;
+        let n_tokens = (n_steps + 1 + n_ahead).min(self.context_length - context);
+        let is_enough = |steps: &[Step]| n_full(steps, n_sequences) > n_steps;
+        let (_, steps) = self.run(n_sequences, context, n_tokens, is_enough).await?;
         window(&steps, n_sequences).with_context(|| {
             format!("the lead never ran {n_sequences} sequences of {context} tokens at once")
         })
     }
 
-    /// Generates exactly `n_tokens` for each of `n_sequences` prompts; when they were submitted,
-    /// and what every message brought.
+    /// Generates exactly `n_tokens` for each of `n_sequences` prompts, or until enough was seen;
+    /// when they were submitted, and what every message brought.
     async fn run(
         &mut self,
         n_sequences: usize,
         prompt: usize,
         n_tokens: usize,
+        is_enough: impl Fn(&[Step]) -> bool,
     ) -> anyhow::Result<(Instant, Vec<Step>)> {
         let (requests, receiver) = mpsc::channel(n_sequences);
         let stream = self.lead.generate(ReceiverStream::new(receiver));
@@ -104,7 +113,7 @@ impl Engine {
         }
         let mut outputs = stream.await?.into_inner();
         let (mut steps, mut n_running) = (Vec::new(), n_sequences);
-        while n_running > 0 {
+        while n_running > 0 && !is_enough(&steps) {
             let output = tokio::time::timeout(STEP_TIMEOUT, outputs.message()).await;
             let output = output.with_context(|| format!("no step within {STEP_TIMEOUT:?}"))??;
             let output = output.context("the lead ended the stream")?;
@@ -149,11 +158,16 @@ fn self_submit(
 
 /// Mean time between messages while every sequence got a token in each.
 fn window(steps: &[Step], n_sequences: usize) -> Option<Duration> {
-    let is_full = |step: &Step| step.n_tokens == n_sequences;
-    let first = steps.iter().position(is_full)?;
-    let n = steps[first..].iter().take_while(|step| is_full(step)).count();
+    let n = n_full(steps, n_sequences);
+    let first = steps.iter().position(|step| step.n_tokens == n_sequences)?;
     let last = first + n - 1;
     (n >= 2).then(|| (steps[last].at - steps[first].at) / (n as u32 - 1))
+}
+
+/// Messages in a row, from the first such one on, in which every sequence got a token.
+fn n_full(steps: &[Step], n_sequences: usize) -> usize {
+    let from_first = steps.iter().skip_while(|step| step.n_tokens != n_sequences);
+    from_first.take_while(|step| step.n_tokens == n_sequences).count()
 }
 
 #[cfg(test)]

@@ -352,7 +352,7 @@ impl Bench<'_> {
     async fn measure(&self, cluster: &Cluster, ready_s: f64) -> anyhow::Result<Laid> {
         let (options, subject) = (self.options, self.subject);
         let view = View::read(&cluster.client.status().await?)?;
-        let mut engine = Engine::connect(&view, subject.vocab).await?;
+        let mut engine = Engine::connect(&view, subject.vocab, subject.context_length).await?;
         let work = self.work(&mut engine).await?;
         let model = cluster.model.as_str();
         let http = http::measure(&options.http(subject), &cluster.client, model).await?;
