@@ -37,6 +37,8 @@ pub struct Sampling {
     pub max_tokens: Option<u32>,
     pub min_tokens: Option<u32>,
     pub ignore_eos: Option<bool>,
+    /// OpenAI's object that says what the answer must be.
+    pub response_format: Option<Value>,
 }
 
 /// The server's sentence where it would not answer.
@@ -188,6 +190,7 @@ impl Client {
             ("max_tokens", sampling.max_tokens.map(|x| json!(x))),
             ("min_tokens", sampling.min_tokens.map(|x| json!(x))),
             ("ignore_eos", sampling.ignore_eos.map(|x| json!(x))),
+            ("response_format", sampling.response_format.clone()),
         ];
         for (name, value) in fields {
             if let Some(value) = value {

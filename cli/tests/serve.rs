@@ -92,6 +92,25 @@ fn every_kind_of_load_is_measured_and_written() {
             "no progress line where there is no terminal: {output:?}"
         );
     }
+    // Prompts beside the load are sent, told of and not counted.
+    let mut args = vec!["--requests", "4", "--concurrency", "2", "--output-tokens", "40"];
+    args.extend(["--prompt-tokens", "40", "--beside-rate", "200", "--beside-tokens", "64"]);
+    args.extend(["--json", json.to_str().unwrap()]);
+    let output = up.serve(&args);
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(report["summary"]["served"], 4);
+    assert!(report["beside"]["requests"].as_u64().unwrap() > 0, "{report}");
+    assert_eq!(report["beside"]["failed"], 0);
+    assert!(
+        String::from_utf8_lossy(&output.stdout).contains(" prompts of 64 tokens, 200 a second")
+    );
+
+    // A schema goes with every request; this model's tokenizer can serve none.
+    let output = up.serve(&["--json-schema", r#"{"type": "array"}"#]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("`response_format`") && error.contains("has no end token"), "{error}");
+
     let output = up.serve(&["--model", "nobody"]);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(error.contains("does not serve nobody; it serves "), "{error}");
@@ -103,6 +122,10 @@ fn what_cannot_be_measured_is_refused_in_one_sentence() {
         (vec![], "nothing listens there"),
         (vec!["--concurrency", "0"], "at least 1"),
         (vec!["--rate", "0"], "more than 0"),
+        (vec!["--beside-rate", "0"], "more than 0"),
+        (vec!["--beside-tokens", "0"], "at least 1"),
+        (vec!["--json-schema", "{"], "it is not JSON"),
+        (vec!["--json-schema", "7"], "a JSON schema is an object"),
         (vec!["--traffic", "shared-prefix", "--prefix-tokens", "128"], "leaves nothing"),
     ] {
         let output = bench_serve("http://127.0.0.1:1", &args);

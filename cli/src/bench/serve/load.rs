@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use tokio::task::JoinSet;
 
 use super::arrivals::Arrivals;
 use super::request::Asker;
 use super::statistics::Outcome;
 use super::traffic::Traffic;
-use crate::signals::Signals;
 
 /// Most sessions at once of an open loop; beyond, it is late.
 const MAX_RUNNING: usize = 4096;
@@ -28,22 +28,41 @@ pub struct Load {
     pub duration: Option<Duration>,
     /// Number of the first session.
     pub first_session: u64,
+    pub live: Arc<Live>,
 }
 
 /// What runs, for those who watch.
 #[derive(Debug, Default)]
-struct Live {
+pub struct Live {
     n_ended: AtomicU64,
     n_failed: AtomicU64,
     n_tokens: AtomicU64,
 }
 
+/// Requests that ended, and those of them that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Ended {
+    pub requests: u64,
+    pub failed: u64,
+}
+
+impl Live {
+    pub fn ended(&self) -> Ended {
+        Ended { requests: self.n_ended.load(Relaxed), failed: self.n_failed.load(Relaxed) }
+    }
+}
+
 impl Load {
-    /// Runs to the end, or until the first signal: then the outcomes are of what had ended.
-    pub async fn run(mut self, what: &str, signals: &mut Signals) -> anyhow::Result<Vec<Outcome>> {
+    /// Runs to the end, or until it is stopped: then the outcomes are of what had ended. `what` is
+    /// shown with what runs; without it nothing is.
+    pub async fn run(
+        mut self,
+        what: Option<&str>,
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Vec<Outcome>> {
         let start = Instant::now();
-        let live = Arc::new(Live::default());
-        let bar = bar(what);
+        let bar = what.map_or_else(ProgressBar::hidden, bar);
+        let mut stop = std::pin::pin!(stop);
         let mut outcomes = Vec::new();
         let mut sessions = JoinSet::new();
         let (mut n_begun, mut nth) = (0, self.first_session);
@@ -59,7 +78,7 @@ impl Load {
             }
             let begin = start + Duration::from_secs_f64(next_s.unwrap_or(0.0));
             tokio::select! {
-                () = signals.next() => {
+                () = &mut stop => {
                     eprintln!("stopped; the figures are of the requests that had ended");
                     break;
                 }
@@ -69,12 +88,12 @@ impl Load {
                     n_begun += turns.len();
                     nth += 1;
                     self.arrivals.began();
-                    sessions.spawn(session(self.asker.clone(), turns, start, live.clone()));
+                    sessions.spawn(session(self.asker.clone(), turns, start, self.live.clone()));
                 }
                 Some(ended) = sessions.join_next() => {
                     outcomes.extend(ended.context("a session could not be run")?);
                 }
-                _ = tick.tick() => bar.set_message(line(&live, sessions.len(), start.elapsed())),
+                _ = tick.tick() => bar.set_message(line(&self.live, sessions.len(), start.elapsed())),
             }
         }
         bar.finish_and_clear();
@@ -93,13 +112,15 @@ async fn session(
     for turn in turns {
         prompt.push_str(&turn);
         let sent_s = start.elapsed().as_secs_f64();
-        let answer = asker.ask(&prompt).await;
+        let heard = |n| {
+            live.n_tokens.fetch_add(n, Relaxed);
+        };
+        let answer = asker.ask(&prompt, heard).await;
         let failed = answer.is_err();
         let end_s = start.elapsed().as_secs_f64();
         live.n_ended.fetch_add(1, Relaxed);
         let result = match answer {
             Ok((served, text)) => {
-                live.n_tokens.fetch_add(served.n_output, Relaxed);
                 prompt.push_str(&text);
                 Ok(served)
             }
@@ -133,4 +154,20 @@ fn bar(what: &str) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{prefix} {msg}").expect("the template is fixed");
     ProgressBar::new_spinner().with_style(style).with_prefix(what.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_tells_what_ended_what_runs_and_how_fast() {
+        let live = Live::default();
+        live.n_ended.store(7, Relaxed);
+        live.n_failed.store(2, Relaxed);
+        live.n_tokens.store(150, Relaxed);
+        let line = line(&live, 3, Duration::from_secs(4));
+        assert_eq!(line, "4 s: 7 ended, 3 run, 2 failed, 37.5 tok/s");
+        assert_eq!(live.ended(), Ended { requests: 7, failed: 2 });
+    }
 }

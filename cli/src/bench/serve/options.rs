@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{slo, traffic};
 
@@ -60,6 +61,17 @@ pub struct Options {
     /// Requests of a conversation.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub turns: usize,
+    /// What answers must be: a JSON schema. It ends them where they are complete, so only one that
+    /// is never complete too soon gives them the length asked for.
+    #[arg(long, value_name = "SCHEMA", value_parser = checked_schema)]
+    pub json_schema: Option<String>,
+    /// Beside all this send R other prompts a second at random (Poisson) times, answered with one
+    /// token each; they are not counted.
+    #[arg(long, value_name = "R")]
+    pub beside_rate: Option<f64>,
+    /// Tokens of each of those, about.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub beside_tokens: u32,
     /// Of prompts and arrivals; the same seed is the same load.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
@@ -81,6 +93,14 @@ fn checked_time(text: &str) -> anyhow::Result<String> {
     slo::seconds(text).map(|_| text.to_owned())
 }
 
+fn checked_schema(text: &str) -> anyhow::Result<String> {
+    let schema: Value = serde_json::from_str(text).context("it is not JSON")?;
+    if !(schema.is_object() || schema.is_boolean()) {
+        bail!("a JSON schema is an object");
+    }
+    Ok(text.to_owned())
+}
+
 fn checked_slo(text: &str) -> anyhow::Result<String> {
     text.parse::<slo::Slo>().map(|_| text.to_owned())
 }
@@ -90,14 +110,19 @@ impl Options {
         if self.concurrency == 0 || self.prompt_tokens == 0 || self.output_tokens == 0 {
             bail!("--concurrency, --prompt-tokens and --output-tokens must be at least 1");
         }
+        if self.beside_tokens == 0 {
+            bail!("--beside-tokens must be at least 1");
+        }
         if self.requests == Some(0) || self.requests > Some(MAX_REQUESTS) {
             bail!("--requests must be 1 to {MAX_REQUESTS}");
         }
         if self.turns == 0 {
             bail!("--turns must be at least 1");
         }
-        if self.rate.is_some_and(|rate| !(rate.is_finite() && rate > 0.0)) {
-            bail!("--rate must be more than 0 requests a second");
+        for (name, rate) in [("--rate", self.rate), ("--beside-rate", self.beside_rate)] {
+            if rate.is_some_and(|rate| !(rate.is_finite() && rate > 0.0)) {
+                bail!("{name} must be more than 0 requests a second");
+            }
         }
         if self.traffic == traffic::Kind::SharedPrefix && self.prefix_tokens >= self.prompt_tokens {
             bail!(

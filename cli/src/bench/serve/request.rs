@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::statistics::Served;
 use crate::client::{Client, Event, Refusal, Sampling};
@@ -12,6 +12,8 @@ pub struct Asker {
     pub client: Client,
     pub model: String,
     pub n_output: u32,
+    /// What answers must be; it ends them where they are complete.
+    pub schema: Option<Value>,
     pub timeout: Duration,
 }
 
@@ -24,9 +26,13 @@ pub struct Failure {
 }
 
 impl Asker {
-    /// The answer's figures and its text.
-    pub async fn ask(&self, prompt: &str) -> Result<(Served, String), Failure> {
-        match tokio::time::timeout(self.timeout, self.answer(prompt)).await {
+    /// The answer's figures and its text. `heard` is told of tokens as they come.
+    pub async fn ask(
+        &self,
+        prompt: &str,
+        heard: impl Fn(u64),
+    ) -> Result<(Served, String), Failure> {
+        match tokio::time::timeout(self.timeout, self.answer(prompt, heard)).await {
             Ok(result) => result,
             Err(_) => Err(Failure {
                 kind: "timed out".to_owned(),
@@ -35,12 +41,18 @@ impl Asker {
         }
     }
 
-    async fn answer(&self, prompt: &str) -> Result<(Served, String), Failure> {
+    async fn answer(&self, prompt: &str, heard: impl Fn(u64)) -> Result<(Served, String), Failure> {
+        let response_format = self.schema.as_ref().map(|schema| {
+            let named = json!({ "name": "bench", "schema": schema, "strict": true });
+            json!({ "type": "json_schema", "json_schema": named })
+        });
         let sampling = Sampling {
             temperature: Some(0.0),
             max_tokens: Some(self.n_output),
             min_tokens: Some(self.n_output),
-            ignore_eos: Some(true),
+            // A schema says itself where an answer ends.
+            ignore_eos: response_format.is_none().then_some(true),
+            response_format,
             ..Sampling::default()
         };
         let sent = Instant::now();
@@ -54,7 +66,7 @@ impl Asker {
             Failure { kind, message: error.to_string() }
         })?;
         let (mut first, mut last, mut gaps) = (None, sent, Vec::new());
-        let (mut text, mut n_prompt, mut n_output) = (String::new(), 0, 0);
+        let (mut text, mut n_prompt, mut n_output, mut n_heard) = (String::new(), 0, 0, 0);
         let cut = |error: anyhow::Error| Failure {
             kind: "interrupted".to_owned(),
             message: error.to_string(),
@@ -70,6 +82,8 @@ impl Asker {
                         first.get_or_insert(now);
                         last = now;
                         text.push_str(&piece);
+                        n_heard += 1;
+                        heard(1);
                     }
                     // The last tokens may have had no text.
                     Event::Finish(_) => {
@@ -86,6 +100,8 @@ impl Asker {
             let message = "the answer told no token count (usage)".to_owned();
             return Err(Failure { kind: "without usage".to_owned(), message });
         };
+        // Some came together with others, or without text.
+        heard(n_output.saturating_sub(n_heard));
         let (ttft, e2e) = ((first - sent).as_secs_f64(), (last - sent).as_secs_f64());
         Ok((Served { ttft, gaps, e2e, n_prompt, n_output }, text))
     }

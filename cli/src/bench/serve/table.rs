@@ -1,6 +1,7 @@
 //! A run as text for people.
 
 use super::Report;
+use super::load::Ended;
 use super::statistics::Quantiles;
 use crate::table::Table;
 
@@ -27,6 +28,13 @@ pub fn render(report: &Report) -> String {
     }
     for (kind, n) in &s.errors {
         out.push_str(&format!("failed, {kind}: {n}\n"));
+    }
+    if let Some(Ended { requests, failed }) = report.beside {
+        let (rate, tokens) = (report.options.beside_rate, report.options.beside_tokens);
+        let rate = rate.unwrap_or_default();
+        out.push_str(&format!(
+            "beside: {requests} prompts of {tokens} tokens, {rate} a second; {failed} failed\n"
+        ));
     }
     if s.wrong_length > 0 {
         out.push_str(&format!(
