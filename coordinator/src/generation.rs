@@ -290,6 +290,8 @@ pub struct Delta {
     pub n_cached: u64,
     /// With the last delta only.
     pub finish: Option<Finish>,
+    /// With the finish, where one lead did it all: its time for it.
+    pub lead_time: Option<Duration>,
 }
 
 impl Delta {

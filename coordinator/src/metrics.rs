@@ -4,11 +4,12 @@
 //! Label values are bounded: endpoints, outcomes and deployed models, never ids or text.
 
 mod groups;
+mod process;
 mod spans;
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use evener_telemetry::{Span, Tracer};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::group::figures::Group;
 use groups::Groups;
+use process::Process;
 use spans::Spans;
 
 /// Histogram bounds in seconds, those of OpenTelemetry's generative AI conventions.
@@ -30,6 +32,10 @@ const FIRST_TOKEN_S: [f64; 16] =
     [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 const PER_TOKEN_S: [f64; 13] =
     [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+const OVERHEAD_S: [f64; 16] = [
+    0.000_05, 0.000_1, 0.000_15, 0.000_2, 0.000_3, 0.000_4, 0.000_6, 0.001, 0.001_5, 0.002, 0.003,
+    0.005, 0.01, 0.03, 0.1, 1.0,
+];
 
 /// Which endpoint a request went to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -92,6 +98,7 @@ pub struct Metrics {
     first_token_s: Histograms,
     per_token_s: Histograms,
     duration_s: Histograms,
+    overhead_s: Histograms,
 }
 
 impl Metrics {
@@ -122,8 +129,12 @@ impl Metrics {
         let duration_s = Histograms::new_with_constructor(|| Histogram::new(DURATION_S));
         let help = "From the request read to its last byte";
         registry.register_with_unit("request_duration", help, Unit::Seconds, duration_s.clone());
+        let overhead_s = Histograms::new_with_constructor(|| Histogram::new(OVERHEAD_S));
+        let help = "Of a request's duration, all but its time at the lead";
+        registry.register_with_unit("request_overhead", help, Unit::Seconds, overhead_s.clone());
         registry.register_collector(Box::new(Groups(groups)));
         registry.register_collector(Box::new(Spans(tracer)));
+        registry.register_collector(Box::new(Process));
         Self {
             registry: Arc::new(registry),
             requests,
@@ -134,6 +145,7 @@ impl Metrics {
             first_token_s,
             per_token_s,
             duration_s,
+            overhead_s,
         }
     }
 
@@ -246,6 +258,14 @@ impl Observation {
         let inner = &self.inner;
         let histogram = inner.metrics.first_token_s.get_or_create(&inner.of_model());
         histogram.observe(inner.started.elapsed().as_secs_f64());
+    }
+
+    /// Its last token is here. `lead_time`: since it arrived at the lead, as that told.
+    pub fn overhead(&self, lead_time: Duration) {
+        let inner = &self.inner;
+        let overhead = inner.started.elapsed().saturating_sub(lead_time);
+        let histogram = inner.metrics.overhead_s.get_or_create(&inner.of_model());
+        histogram.observe(overhead.as_secs_f64());
     }
 
     /// Says how it ended; the first word counts.

@@ -23,6 +23,10 @@ type Failure = Box<dyn std::error::Error>;
 
 const CONTEXT: usize = 4096;
 const STEPS: u32 = 2000;
+/// As many as a lead lets wait by default.
+const N_WAITING: usize = 256;
+/// Tokens of the prompts that wait.
+const LONG_PROMPT: usize = 4000;
 
 fn main() -> Result<(), Failure> {
     let number = |at| std::env::args().nth(at).and_then(|word| word.parse::<usize>().ok());
@@ -56,7 +60,7 @@ fn main() -> Result<(), Failure> {
         show(&format!("whole step, {name}"), whole_step(&limits, sampling)?);
     }
     parts(&limits, &greedy)?;
-    Ok(())
+    under_pressure(&limits, &greedy)
 }
 
 fn show(name: &str, mut took: Vec<Duration>) {
@@ -198,6 +202,40 @@ fn parts(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
     for (name, took) in names.into_iter().zip(took) {
         show(name, took);
     }
+    Ok(())
+}
+
+/// The same while as many wait as may, each with a long prompt, and no place becomes free; and what
+/// it costs to take such a prompt in, whose blocks are named then.
+fn under_pressure(limits: &Limits, sampling: &Sampling) -> Result<(), Failure> {
+    let mut scheduler = Scheduler::new(scheduler::Options::new(limits.clone()));
+    for id in 0..limits.n_slots as u64 {
+        scheduler.submit(spec(id, sampling))?;
+    }
+    let (mut plan, mut committed) = (StepPlan::with_room(limits), Vec::new());
+    let mut took: [Vec<Duration>; 2] = Default::default();
+    for step in 0..STEPS {
+        // Once all run.
+        if scheduler.n_waiting() < N_WAITING && step > 0 {
+            let first = 1000 + scheduler.n_waiting() as u32;
+            let prompt = (0..LONG_PROMPT as u32).map(|i| (first + i) % limits.vocab as u32);
+            let long = Spec { prompt: prompt.collect(), max_tokens: 1, ..spec(0, sampling) };
+            let began = Instant::now();
+            scheduler.submit(long)?;
+            took[0].push(began.elapsed());
+        }
+        let began = Instant::now();
+        scheduler.schedule(&mut plan, usize::MAX);
+        if scheduler.n_waiting() == N_WAITING {
+            took[1].push(began.elapsed());
+        }
+        committed.clear();
+        let chosen: Chosen = plan.entries.iter().map(|_| Some(9)).collect();
+        scheduler.commit(&plan, &chosen, &mut committed);
+    }
+    let [submit, schedule] = took;
+    show(&format!("submit, {LONG_PROMPT} tokens"), submit);
+    show(&format!("schedule, {N_WAITING} waiting"), schedule);
     Ok(())
 }
 

@@ -389,6 +389,7 @@ fn response(epoch: u64, output: StepOutput) -> proto::GenerateResponse {
             Some(last) => {
                 last.tokens.extend(event.tokens);
                 last.finish = event.finish;
+                last.lead_us = event.lead_us;
             }
             None => told.push(event),
         }
@@ -412,7 +413,7 @@ fn goes_on(last: &proto::SequenceEvent, next: &proto::SequenceEvent) -> bool {
 }
 
 fn event(event: Event) -> proto::SequenceEvent {
-    let Event { request_id, token, prompt_tokens, n_cached, end } = event;
+    let Event { request_id, token, prompt_tokens, n_cached, end, lead_time } = event;
     let finish = match end {
         Some(End::Refused(refusal)) => {
             let kind = match refusal {
@@ -440,6 +441,7 @@ fn event(event: Event) -> proto::SequenceEvent {
         error: None,
         prompt_tokens: prompt_tokens.into_iter().map(token_out).collect(),
         cached_tokens: n_cached,
+        lead_us: lead_time.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
     }
 }
 
@@ -538,7 +540,9 @@ mod tests {
 
     fn token(request_id: u64, id: u32, end: Option<End>) -> Event {
         let token = Some(TokenOut { id, logprob: None, top: Vec::new() });
-        Event { request_id, token, prompt_tokens: Vec::new(), n_cached: 0, end }
+        let lead_time = end.as_ref().map(|_| Duration::from_millis(7));
+        let prompt_tokens = Vec::new();
+        Event { request_id, token, prompt_tokens, n_cached: 0, end, lead_time }
     }
 
     #[test]
@@ -556,14 +560,14 @@ mod tests {
         let response = response(3, StepOutput { events, load });
         let brief = |event: &proto::SequenceEvent| {
             let ids: Vec<u32> = event.tokens.iter().map(|token| token.id).collect();
-            (event.request_id, ids, event.finish(), event.error.is_some())
+            (event.request_id, ids, event.finish(), event.lead_us, event.error.is_some())
         };
         let (running, stop) = (proto::FinishReason::Running, proto::FinishReason::Stop);
         let expect = [
-            (1, vec![10, 11, 12], stop, false),
-            (2, vec![20], running, false),
-            (2, vec![], running, true),
-            (2, vec![21], running, false),
+            (1, vec![10, 11, 12], stop, Some(7000), false),
+            (2, vec![20], running, None, false),
+            (2, vec![], running, None, true),
+            (2, vec![21], running, None, false),
         ];
         assert!(response.events.iter().map(brief).eq(expect));
     }

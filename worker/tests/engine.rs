@@ -354,6 +354,26 @@ fn one_message_a_step_carries_all_sequences_of_a_stream() {
 }
 
 #[test]
+fn a_finish_says_how_long_its_lead_had_the_sequence() {
+    let group = Group::start(2);
+    let before = Instant::now();
+    let (requests, mut outputs) = group.handle.open(64).unwrap();
+    for id in 0..3 {
+        requests.submit(id, spec(&[1, 2, 3], 10 + id as u32)).unwrap();
+    }
+    let mut lead_times = Vec::new();
+    while lead_times.len() < 3 {
+        for event in next(&mut outputs).unwrap() {
+            assert_eq!(event.lead_time.is_some(), event.end.is_some());
+            lead_times.extend(event.lead_time);
+        }
+    }
+    let elapsed = before.elapsed();
+    assert!(lead_times.iter().all(|&time| Duration::ZERO < time && time < elapsed));
+    group.leave();
+}
+
+#[test]
 fn prompt_logprobs_cover_every_position_but_the_first() {
     let group = Group::start(3);
     let prompt: Vec<u32> = (0..37).map(|i| i * 3 % 50).collect();

@@ -50,7 +50,7 @@ impl Runner {
             sequence: None,
             span: span.cloned(),
             attempt: None,
-            submitted: false,
+            n_submissions: 0,
             waiting_since: started,
             started,
             last_token_at: None,
@@ -77,8 +77,7 @@ pub struct Run {
     /// Of the request and of the sequence, if they are traced.
     span: Option<Span>,
     attempt: Option<Span>,
-    /// At least once.
-    submitted: bool,
+    n_submissions: u32,
     /// Without a group, or without an answer from it.
     waiting_since: Instant,
     started: Instant,
@@ -208,7 +207,7 @@ impl Run {
     /// Waits for a group and submits what is left to do.
     async fn place(&mut self) -> Result<(GroupId, Sequence), Error> {
         let options = self.runner.options.clone();
-        let wait = if self.submitted { options.resume_wait } else { options.ready_wait };
+        let wait = if self.was_submitted() { options.resume_wait } else { options.ready_wait };
         let mut rested = false;
         loop {
             let directory = self.runner.directory.borrow_and_update().clone();
@@ -245,7 +244,7 @@ impl Run {
         if !self.generated.is_empty() {
             self.runner.metrics.resumed();
         }
-        self.submitted = true;
+        self.n_submissions += 1;
         Ok(sequence)
     }
 
@@ -276,7 +275,7 @@ impl Run {
         if fitting.is_empty() {
             // A request that has begun waits for a group as large as the one it had.
             return match ready.iter().max_by_key(|group| kv_tokens(group)) {
-                Some(group) if !self.submitted => Err(too_many_blocks(group, tokens)),
+                Some(group) if !self.was_submitted() => Err(too_many_blocks(group, tokens)),
                 _ => Ok(None),
             };
         }
@@ -358,8 +357,13 @@ impl Run {
         if let Some(finish) = event.finish {
             let stopped = extend(&mut delta, self.output.finish());
             delta.finish = Some(if stopped { Finish::Stop } else { finish });
+            delta.lead_time = event.lead_time.filter(|_| self.n_submissions == 1);
         }
         delta
+    }
+
+    fn was_submitted(&self) -> bool {
+        self.n_submissions > 0
     }
 
     fn count(&mut self, n_tokens: usize) {

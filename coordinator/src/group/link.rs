@@ -6,6 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use evener_proto::MAX_MESSAGE_BYTES;
 use evener_proto::ids::Epoch;
@@ -286,6 +287,7 @@ fn from_wire(event: wire::SequenceEvent) -> Result<Result<Event, Error>, String>
         tokens: event.tokens.into_iter().map(token).collect(),
         n_cached: event.cached_tokens,
         finish,
+        lead_time: event.lead_us.map(Duration::from_micros),
     }))
 }
 

@@ -157,6 +157,8 @@ pub struct Event {
     /// With the first token: how many of the prompt's were in the lead's cache.
     pub n_cached: u32,
     pub finish: Option<Finish>,
+    /// With the finish: since the request arrived at the lead.
+    pub lead_time: Option<Duration>,
 }
 
 /// Why a sequence ended badly.

@@ -4,7 +4,7 @@
 //! Shared by chat.rs and completions.rs; knows neither's objects.
 
 use std::pin::Pin;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::to_bytes;
 use axum::extract::Request;
@@ -79,6 +79,8 @@ pub struct Answer {
     /// Sequences of one prompt.
     n_choices: usize,
     n_running: usize,
+    /// Of the sequence that was longest at a lead, while it is known of all that ended.
+    lead_time: Option<Duration>,
     /// Bytes have gone out: an error can only be an event.
     streamed: bool,
     observation: Observation,
@@ -129,6 +131,7 @@ impl Answer {
             n_cached: vec![0; n_running],
             n_choices: n_choices as usize,
             n_running,
+            lead_time: Some(Duration::ZERO),
             streamed: false,
             observation,
             _permit: permit,
@@ -161,7 +164,9 @@ impl Answer {
                 }
                 self.n_generated += delta.n_generated;
                 self.n_cached[idx] += delta.n_cached;
-                self.n_running -= usize::from(delta.finish.is_some());
+                if delta.finish.is_some() {
+                    self.ended(delta.lead_time);
+                }
                 Ok(Some((idx, delta)))
             }
             Err(error) => {
@@ -175,6 +180,18 @@ impl Answer {
                 self.deltas.clear(); // frees the others
                 Err(error)
             }
+        }
+    }
+
+    /// One of the sequences did well, after so long at its lead.
+    fn ended(&mut self, lead_time: Option<Duration>) {
+        self.n_running -= 1;
+        let both = self.lead_time.zip(lead_time);
+        self.lead_time = both.map(|(longest, this)| longest.max(this));
+        if let Some(lead_time) = self.lead_time
+            && self.n_running == 0
+        {
+            self.observation.overhead(lead_time);
         }
     }
 

@@ -171,6 +171,7 @@ impl Shape {
                 n_generated: 0,
                 n_cached: 0,
                 finish: Some(choice.finish.ok_or(Error::Defect)?),
+                lead_time: None,
             };
             choices.push(self.choice(idx, delta));
         }

@@ -337,6 +337,7 @@ impl Engine {
             } else if n_generated >= submit.max_tokens {
                 event.finish = wire::FinishReason::Length.into();
             }
+            event.lead_us = (event.finish != 0).then_some(1);
             events.push(event);
         }
         let ended = |event: &wire::SequenceEvent| event.finish != 0;

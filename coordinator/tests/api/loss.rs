@@ -110,10 +110,13 @@ async fn a_lost_lead_costs_a_pause_and_no_token() {
     let sampling = resumed.sampling.unwrap();
     assert_eq!((sampling.seed, sampling.n_resumed), (3, 18), "and which of them were generated");
     assert_eq!(world.metric("evener_migrations_total").await, 1.0);
+    let n_overheads = "evener_request_overhead_seconds_count{model=\"tiny\"}";
+    assert_eq!(world.metric(n_overheads).await, 0.0, "the time of two leads is not one's");
     // Not streamed, the same; usage counts each token once.
     let whole = world.post(COMPLETIONS, request()).await.ok();
     assert_eq!(whole["choices"][0]["text"], expected());
     assert_eq!(whole["usage"]["completion_tokens"], 60);
+    assert_eq!(world.metric(n_overheads).await, 1.0);
 }
 
 #[tokio::test]

@@ -84,6 +84,8 @@ async fn metrics_count_what_happened() {
         "evener_time_to_first_token_seconds_count{model=\"tiny\"} 1",
         "evener_inter_token_latency_seconds_count{model=\"tiny\"} 6",
         "evener_request_duration_seconds_count{model=\"tiny\"} 1",
+        "evener_request_overhead_seconds_count{model=\"tiny\"} 1",
+        "# UNIT evener_coordinator_cpu_seconds seconds",
         "evener_request_duration_seconds_count{model=\"\"} 1",
         "# HELP evener_migrations",
         "# EOF",

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 
@@ -22,7 +23,7 @@ pub struct StreamId(u64);
 #[derive(Debug)]
 pub(super) enum Command {
     Open { stream: StreamId, sink: Sink },
-    Submit { stream: StreamId, request_id: u64, spec: Box<Spec> },
+    Submit { stream: StreamId, request_id: u64, spec: Box<Spec>, arrived: Instant },
     Cancel { stream: StreamId, request_id: u64 },
     Leave,
 }
@@ -106,8 +107,8 @@ impl Requests {
     /// # Errors
     /// The lead is gone or drowned.
     pub fn submit(&self, request_id: u64, spec: Spec) -> Result<(), Error> {
-        let spec = Box::new(spec);
-        self.handle.send(Command::Submit { stream: self.stream, request_id, spec })
+        let (stream, spec, arrived) = (self.stream, Box::new(spec), Instant::now());
+        self.handle.send(Command::Submit { stream, request_id, spec, arrived })
     }
 
     /// Its events stop; an id that is not live is ignored.

@@ -2,8 +2,6 @@
 
 use super::*;
 use crate::engine::names::Name;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
 /// A sequence as far as blocks are concerned.
 struct Holder {
@@ -169,30 +167,6 @@ fn a_forgotten_table_is_found_out() {
     let mut kv = KvBlocks::new(4);
     assert!(Holder::new("", &tokens()).compute(&mut kv));
     check(&mut kv, &[]);
-}
-
-/// Of the slots in blocks that are held, those without a token; 32 sequences whose lengths are
-/// spread as the logarithm is even.
-#[test]
-fn less_than_4_percent_of_the_slots_are_wasted() {
-    let seed = 7;
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut worst = 0.0f64;
-    for _ in 0..100 {
-        let mut kv = KvBlocks::new(4096);
-        let (mut n_slots, mut n_tokens) = (0, 0);
-        for _ in 0..32 {
-            let len = 2f64.powf(rng.random_range(5.0..11.0)) as u32; // 32 to 2048
-            let start = rng.random::<u32>() >> 1;
-            let mut sequence = Holder::new("", &(start..start + len).collect::<Vec<_>>());
-            assert!(sequence.compute(&mut kv));
-            n_slots += sequence.table.capacity();
-            n_tokens += len as usize;
-        }
-        worst = worst.max(1.0 - n_tokens as f64 / n_slots as f64);
-    }
-    println!("seed {seed}: {:.2} %", 100.0 * worst);
-    assert!(worst < 0.04, "{worst}");
 }
 
 #[test]

@@ -60,8 +60,10 @@ struct Stream {
 struct Owner {
     stream: StreamId,
     request_id: u64,
-    /// Since when it waits for its first step; none once that came.
-    queued: Option<Instant>,
+    /// Before the step in flight then had ended.
+    arrived: Instant,
+    /// For its first step.
+    is_waiting: bool,
 }
 
 impl Lead {
@@ -112,7 +114,8 @@ impl Lead {
                 self.take(command);
             }
             self.drop_closed_streams();
-            let max_prefill = self.pace.max_prefill(self.scheduler.n_decoding());
+            let (n_decoding, n_present) = (self.scheduler.n_decoding(), self.scheduler.n_present());
+            let max_prefill = self.pace.max_prefill(n_decoding, n_present);
             self.speculation.draft(&mut self.scheduler, &self.pace);
             let n_preempted = self.scheduler.n_preemptions();
             let ran = self.scheduler.schedule(&mut self.plan, max_prefill);
@@ -147,7 +150,9 @@ impl Lead {
                 let opened = Stream { sink, live: HashMap::new(), events: Vec::new() };
                 self.streams.insert(stream, opened);
             }
-            Command::Submit { stream, request_id, spec } => self.submit(stream, request_id, *spec),
+            Command::Submit { stream, request_id, spec, arrived } => {
+                self.submit(stream, request_id, *spec, arrived);
+            }
             Command::Cancel { stream, request_id } => {
                 let live = self.streams.get(&stream).and_then(|s| s.live.get(&request_id));
                 if let Some(&id) = live {
@@ -159,7 +164,7 @@ impl Lead {
         }
     }
 
-    fn submit(&mut self, stream_id: StreamId, request_id: u64, spec: Spec) {
+    fn submit(&mut self, stream_id: StreamId, request_id: u64, spec: Spec, arrived: Instant) {
         let Some(stream) = self.streams.get_mut(&stream_id) else {
             return; // it ended, and its owner has been told or is gone
         };
@@ -171,18 +176,11 @@ impl Lead {
         match self.scheduler.submit(spec) {
             Ok(id) => {
                 stream.live.insert(request_id, id);
-                let now = Instant::now();
-                let queued = Some(now);
-                self.traces.submitted(id, trace, now);
-                self.owners.insert(id, Owner { stream: stream_id, request_id, queued });
+                self.traces.submitted(id, trace, arrived);
+                let owner = Owner { stream: stream_id, request_id, arrived, is_waiting: true };
+                self.owners.insert(id, owner);
             }
-            Err(refusal) => stream.events.push(Event {
-                request_id,
-                token: None,
-                prompt_tokens: Vec::new(),
-                n_cached: 0,
-                end: Some(End::Refused(refusal)),
-            }),
+            Err(refusal) => stream.events.push(Event::ended(request_id, End::Refused(refusal))),
         }
     }
 
@@ -206,12 +204,13 @@ impl Lead {
             if self.failed.iter().any(|(failed, _)| *failed == id) {
                 continue;
             }
-            let Owner { stream, request_id, .. } = self.owners[&id];
+            let Owner { stream, request_id, arrived, .. } = self.owners[&id];
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
             let mut events = stream.events.iter_mut().rev();
             let event = events.find(|event| event.request_id == request_id);
-            event.expect("it has just got a token").end = Some(End::Finished(finish));
+            let event = event.expect("it has just got a token");
+            (event.end, event.lead_time) = (Some(End::Finished(finish)), Some(arrived.elapsed()));
         }
         self.committed = committed;
         self.end_failed();
@@ -224,9 +223,9 @@ impl Lead {
             let sequence = self.scheduler.scheduled(entry_idx);
             if sequence.n_generated() == 0
                 && let Some(owner) = self.owners.get_mut(&sequence.id)
-                && let Some(since) = owner.queued.take()
+                && std::mem::take(&mut owner.is_waiting)
             {
-                self.rank.timeline().queued(now - since);
+                self.rank.timeline().queued(now.saturating_duration_since(owner.arrived));
             }
         }
     }
@@ -257,7 +256,9 @@ impl Lead {
             loop {
                 let prompt_tokens = std::mem::take(&mut prompt_tokens);
                 let n_cached = std::mem::take(&mut n_cached);
-                stream.events.push(Event { request_id, token, prompt_tokens, n_cached, end: None });
+                let (end, lead_time) = (None, None);
+                let event = Event { request_id, token, prompt_tokens, n_cached, end, lead_time };
+                stream.events.push(event);
                 token = tokens.next();
                 if token.is_none() {
                     break;
@@ -273,13 +274,7 @@ impl Lead {
             self.scheduler.cancel(id);
             self.forget(id);
             let stream = self.streams.get_mut(&stream).expect("an owner's stream is open");
-            stream.events.push(Event {
-                request_id,
-                token: None,
-                prompt_tokens: Vec::new(),
-                n_cached: 0,
-                end: Some(End::Failed { reason }),
-            });
+            stream.events.push(Event::ended(request_id, End::Failed { reason }));
         }
     }
 

@@ -1,5 +1,7 @@
 //! What a lead tells a stream: one message per step, for all of the stream's sequences.
 
+use std::time::Duration;
+
 use super::scheduler::Refusal;
 use super::sequence::Finish;
 
@@ -21,6 +23,18 @@ pub struct Event {
     /// With the first token: how many tokens of the prompt were in the cache.
     pub n_cached: u32,
     pub end: Option<End>,
+    /// With an end that is a finish: since the sequence arrived.
+    pub lead_time: Option<Duration>,
+}
+
+impl Event {
+    /// Of a sequence that ends without a token.
+    #[must_use]
+    pub fn ended(request_id: u64, end: End) -> Self {
+        let prompt_tokens = Vec::new();
+        let (end, lead_time) = (Some(end), None);
+        Self { request_id, token: None, prompt_tokens, n_cached: 0, end, lead_time }
+    }
 }
 
 /// How a sequence ended.

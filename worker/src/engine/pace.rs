@@ -3,7 +3,10 @@
 //! steps took.
 //!
 //! The bound is a time: a mixed step may last `stretch` times as long as the same step without
-//! prefill. Both costs are learnt from the steps themselves. Where no step without prefill was
+//! prefill. Where most of those present still wait for their first token, it is measured by a step
+//! in which half of them decode: the few who read would soon share steps with all the others, and
+//! short steps of their own now would only keep those waiting. Both costs are learnt from the steps
+//! themselves. Where no step without prefill was
 //! seen with as many sequences, those beyond are taken to cost as much as prefilled tokens. A wrong
 //! guess costs time only; tokens do not depend on how prompts are cut.
 
@@ -70,12 +73,14 @@ impl Pace {
         }
     }
 
-    /// Tokens of prefill for a step in which `n_decodes` sequences decode.
+    /// Tokens of prefill for a step in which `n_decodes` of `n_present` sequences decode: those
+    /// that run, and those that wait for a place that is there.
     #[must_use]
-    pub fn max_prefill(&self, n_decodes: usize) -> usize {
-        match (self.decode_s(n_decodes), self.token_s) {
-            (Some(decode), Some(token)) => {
-                let room = (self.stretch - 1.0) * decode / token.max(f64::MIN_POSITIVE);
+    pub fn max_prefill(&self, n_decodes: usize, n_present: usize) -> usize {
+        let measure = n_decodes.max(n_present / 2);
+        match (self.decode_s(n_decodes), self.decode_s(measure), self.token_s) {
+            (Some(decode), Some(measure), Some(token)) => {
+                let room = (self.stretch * measure - decode) / token.max(f64::MIN_POSITIVE);
                 (room as usize).max(LEAST)
             }
             _ => FIRST_GUESS,
@@ -118,15 +123,15 @@ mod tests {
     #[test]
     fn a_step_is_stretched_as_far_as_it_may_be() {
         let mut pace = Pace::new(2.5);
-        assert_eq!(pace.max_prefill(1), FIRST_GUESS);
+        assert_eq!(pace.max_prefill(1, 1), FIRST_GUESS);
         pace.observe(0, 100, ms(50)); // half a millisecond a token
-        assert_eq!(pace.max_prefill(1), FIRST_GUESS, "nothing to compare with");
+        assert_eq!(pace.max_prefill(1, 1), FIRST_GUESS, "nothing to compare with");
         for _ in 0..50 {
             pace.observe(4, 0, ms(20));
             pace.observe(4, 60, ms(50));
         }
         let check = |pace: &Pace, n_decodes, expect: usize| {
-            let n = pace.max_prefill(n_decodes);
+            let n = pace.max_prefill(n_decodes, n_decodes + 1);
             assert!(n.abs_diff(expect) <= 1, "{n} beside {n_decodes}, not {expect}");
         };
         check(&pace, 4, 60); // 1.5 times 20 ms, at 0.5 ms a token
@@ -140,16 +145,34 @@ mod tests {
     }
 
     #[test]
+    fn where_most_wait_for_their_first_token_half_of_all_are_the_measure() {
+        let mut pace = Pace::new(2.0);
+        pace.observe(0, 100, ms(100)); // a millisecond a token
+        for (n_decodes, took) in [(1, 4), (16, 20)] {
+            pace.observe(n_decodes, 0, ms(took));
+        }
+        for (n_decodes, n_present, expect) in [
+            (1, 1, 4),
+            (1, 3, 4),
+            (1, 32, 36),  // twice 20 ms, less the 4 that the one takes
+            (16, 32, 20), // from here on those who read are the measure
+            (16, 17, 20),
+        ] {
+            assert_eq!(pace.max_prefill(n_decodes, n_present), expect, "{n_decodes} {n_present}");
+        }
+    }
+
+    #[test]
     fn an_interrupted_step_changes_little_and_a_lasting_change_is_learnt() {
         let mut pace = Pace::new(2.0);
         pace.observe(0, 100, ms(100));
         pace.observe(1, 0, ms(100));
-        assert_eq!(pace.max_prefill(1), 100);
+        assert_eq!(pace.max_prefill(1, 1), 100);
         pace.observe(1, 0, ms(60_000));
-        assert!(pace.max_prefill(1) <= 120);
+        assert!(pace.max_prefill(1, 1) <= 120);
         for _ in 0..100 {
             pace.observe(1, 0, ms(2));
         }
-        assert_eq!(pace.max_prefill(1), LEAST, "though two would do");
+        assert_eq!(pace.max_prefill(1, 1), LEAST, "though two would do");
     }
 }

@@ -470,6 +470,12 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// The running, and those that wait for a place that is there.
+    #[must_use]
+    pub fn n_present(&self) -> usize {
+        self.n_running() + self.n_waiting().min(self.free_slots.len())
+    }
+
     #[must_use]
     pub fn n_preemptions(&self) -> u64 {
         self.n_preemptions
