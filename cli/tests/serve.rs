@@ -124,13 +124,20 @@ fn what_cannot_be_measured_is_refused_in_one_sentence() {
         (vec!["--rate", "0"], "more than 0"),
         (vec!["--beside-rate", "0"], "more than 0"),
         (vec!["--beside-tokens", "0"], "at least 1"),
-        (vec!["--json-schema", "{"], "it is not JSON"),
-        (vec!["--json-schema", "7"], "a JSON schema is an object"),
         (vec!["--traffic", "shared-prefix", "--prefix-tokens", "128"], "leaves nothing"),
     ] {
         let output = bench_serve("http://127.0.0.1:1", &args);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{args:?}: {error}");
         assert!(error.contains(expected) && error.lines().count() == 1, "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn a_schema_that_is_none_is_refused() {
+    for (schema, expected) in [("{", "it is not JSON"), ("7", "a JSON schema is an object")] {
+        let output = bench_serve("http://127.0.0.1:1", &["--json-schema", schema]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains(expected), "{schema}: {error}");
     }
 }
