@@ -72,6 +72,7 @@ fn tiles_allowed() -> bool {
         // Leaf 7 of cpuid: EDX bits 22 (amx-bf16), 24 (amx-tile) and 25 (amx-int8).
         const NEEDED: u32 = 1 << 22 | 1 << 24 | 1 << 25;
         let has = is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("gfni")
             && std::arch::x86_64::__cpuid_count(7, 0).edx & NEEDED == NEEDED;
         has && request_tiles()
     })

@@ -32,6 +32,8 @@ mod lanes;
 mod math;
 #[cfg(target_arch = "x86_64")]
 mod tile_registers;
+#[cfg(target_arch = "x86_64")]
+mod windows;
 
 pub use isa::Isa;
 pub use matrix::Matrix;

@@ -30,7 +30,11 @@ pub(crate) const MAX_DEPTH: usize = 32;
 const MAX_PROJECTIONS: usize = 8;
 
 /// Bytes of activations that stay in a core's own cache while tiles pass by.
-const CHUNK_BYTES: usize = 1 << 20;
+const CHUNK_BYTES: usize = 512 << 10;
+
+/// Groups of a chunk at least, however wide they are: fewer, and unpacking weights for them takes as
+/// long as multiplying.
+const MIN_GROUPS: usize = 4;
 
 /// How the columns of a matrix are summed.
 #[derive(Debug, Clone, Copy)]
@@ -194,10 +198,10 @@ struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Whole groups, and four of them where they fit.
+    /// Whole groups.
     fn chunk_rows(&self, columns: usize) -> usize {
         let rows = CHUNK_BYTES / (columns * self.scratch.precision.terms());
-        (rows / (4 * GROUP) * 4 * GROUP).max(4 * GROUP)
+        (rows / GROUP).max(MIN_GROUPS) * GROUP
     }
 
     fn group(&self, group: usize) -> Group<'a> {
@@ -247,17 +251,10 @@ impl Job<'_> {
         };
         let group = |group| step.group(group);
         with_blocks!(self.weight.format, B => {
-            let at_once = amx::tiles_at_once::<B>(rows.len());
-            for first in tiles.clone().step_by(at_once) {
-                let end = tiles.end.min(first + at_once);
-                let store = |t: usize, p: usize, row: usize, values: &[f32; TILE_ROWS]| {
-                    self.store(step, first + t, p, row, values);
-                };
-                let w = [weights.tile::<B>(first), weights.tile::<B>(end - 1)];
-                let (w, rows) = (&w[..end - first], rows.clone());
-                // SAFETY: this instruction set was detected on this CPU.
-                unsafe { amx::run_tiles::<B>(w, rows, &group, step.sum, &store) };
-            }
+            let tile = |tile| weights.tile::<B>(tile);
+            let store = |tile, p, row, values: &_| self.store(step, tile, p, row, values);
+            // SAFETY: this instruction set was detected on this CPU.
+            unsafe { amx::run_tiles::<B>(&tile, tiles, rows, &group, step.sum, &store) };
         }, _ => unreachable!("quantised formats have blocks"));
     }
 
@@ -274,7 +271,12 @@ impl Job<'_> {
         let at = (part * step.rows + row) * self.weight.rows + first_column;
         // SAFETY: a tile's columns of some rows of the output belong to the one thread that runs
         // this piece.
-        unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
+        let out = unsafe { self.out.range(at..at + n) };
+        match out.as_mut_array() {
+            // Of known length, it needs no call.
+            Some(out) => *out = *values,
+            None => out.copy_from_slice(&values[..n]),
+        }
     }
 
     fn tile(&self, step: &Step<'_>, tile: usize, rows: Range<usize>) {

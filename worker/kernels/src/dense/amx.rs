@@ -5,9 +5,13 @@
 //! chain from zero, the odd ones in another, their sum added to the block before; subnormals are
 //! zero. At the end of a leaf the terms' sums are added. Reading bounds a small batch, so there is
 //! no other kernel for it.
+//!
+//! A pass takes the groups of a chunk with some tiles. Work goes in windows of columns: what is next
+//! of a tile is fetched while the first groups multiply it, and the sums of narrow windows wait in
+//! memory.
 
 use std::arch::asm;
-use std::mem::MaybeUninit;
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::terms::{GROUP, GROUP_BLOCK};
@@ -15,31 +19,56 @@ use super::{Dense, Task};
 use crate::activation::BLOCK;
 use crate::linear::MAX_DEPTH;
 use crate::matrix::TILE_ROWS;
-use crate::tile_registers;
+use crate::tile_registers::{self, REGISTER};
+use crate::windows::{LeafEnd, Window, windows};
 
-/// Weight tiles that stay in the second-level cache while all rows pass.
-const KEPT_BYTES: usize = 1 << 20;
+/// Blocks of a window. Shorter ones, of which the weights stay in the first-level cache, were slower:
+/// sums go to memory more often.
+const WINDOW: usize = 64;
+
+/// Squares of a pass, each two groups with two tiles.
+const MAX_SQUARES: usize = 8;
+
+/// Tiles of a pass, at most.
+const MAX_TILES: usize = 8;
 
 /// Bytes of a tile's block: one register.
 const TILE_BLOCK: usize = TILE_ROWS * BLOCK * 2;
 
-/// Bytes of each tile that the first pass fetches ahead.
-const AHEAD: usize = 4096;
+const _: () = assert!(TILE_BLOCK == REGISTER && 2 * GROUP_BLOCK == REGISTER);
 
 type Lanes = [f32; TILE_ROWS];
 
-/// Products of up to two groups with two tiles: `[group][tile][row of the group]`.
+/// Sums of up to two groups with two tiles: `[group][tile][row of the group]`.
 #[repr(C, align(64))]
-struct Products([[[Lanes; GROUP]; 2]; 2]);
+struct Square([[[Lanes; GROUP]; 2]; 2]);
 
-/// Sums of leaves, `[depth][row][tile]`.
-type Stack = [[MaybeUninit<[Lanes; 2]>; 2 * GROUP]; MAX_DEPTH];
+/// Sums of leaves that wait for others: `[tile][row]`.
+type Left = [[Lanes; 2 * GROUP]; 2];
+
+/// A thread's working memory.
+#[repr(C, align(64))]
+struct Scratch {
+    /// Of the current leaf.
+    squares: [Square; MAX_SQUARES],
+    stack: [[Left; MAX_SQUARES]; MAX_DEPTH],
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Box<Scratch>> = RefCell::new(Scratch::new());
+}
+
+impl Scratch {
+    fn new() -> Box<Self> {
+        // SAFETY: all of it is numbers, for which zeros are values.
+        unsafe { Box::new_zeroed().assume_init() }
+    }
+}
 
 /// Multiplies tiles with rows of TERMS terms.
 ///
 /// # Safety
 /// The CPU has what `Isa::Avx512Amx` says.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) unsafe fn run<const TERMS: usize>(
     w: &Dense,
     tiles: Range<usize>,
@@ -47,176 +76,197 @@ pub(super) unsafe fn run<const TERMS: usize>(
     task: &Task<'_>,
 ) {
     // SAFETY: by the caller's promise.
-    let registers = unsafe { Registers::configure((rows.len() * TERMS).min(GROUP)) };
+    let _registers = unsafe { configure((rows.len() * TERMS).min(GROUP)) };
     let groups = rows.start * TERMS / GROUP..(rows.end * TERMS).div_ceil(GROUP);
-    let kept = (KEPT_BYTES / w.tile_bytes()).max(2).next_multiple_of(2);
-    let mut products = Products([[[[0.0; TILE_ROWS]; GROUP]; 2]; 2]);
-    let mut stack: Stack = [const { [const { MaybeUninit::uninit() }; 2 * GROUP] }; MAX_DEPTH];
-    let mut first = tiles.start;
-    while first < tiles.end {
-        let end = tiles.end.min(first + kept);
-        for group in groups.clone().step_by(2) {
-            for tile in (first..end).step_by(2) {
-                let n_tiles = (end - tile).min(2);
-                let pass = Pass { w, group, tile, n_tiles, end_row: rows.end, task };
-                let (products, stack) = (&mut products, &mut stack);
+    SCRATCH.with_borrow_mut(|scratch| {
+        for first in groups.clone().step_by(2 * MAX_SQUARES) {
+            let groups = first..groups.end.min(first + 2 * MAX_SQUARES);
+            let at_once = (MAX_SQUARES / groups.len().div_ceil(2) * 2).min(MAX_TILES);
+            for tile in tiles.clone().step_by(at_once) {
+                let tiles = tile..tiles.end.min(tile + at_once);
+                let pass = Pass { w, groups: groups.clone(), tiles, end_row: rows.end, task };
                 // SAFETY: by the caller's promise.
-                unsafe {
-                    match (group + 1 < groups.end, group == groups.start) {
-                        (true, true) => pass.run::<TERMS, 2, true>(&registers, products, stack),
-                        (true, false) => pass.run::<TERMS, 2, false>(&registers, products, stack),
-                        (false, _) => pass.run::<TERMS, 1, true>(&registers, products, stack),
-                    }
-                }
+                unsafe { pass.run::<TERMS>(scratch) };
             }
         }
-        first = end;
-    }
+    });
 }
 
-/// One or two groups of rows with two tiles; where there is one tile only, it is taken twice.
+/// Some groups of rows with some tiles, as squares.
 struct Pass<'a> {
     w: &'a Dense,
-    group: usize,
-    tile: usize,
-    n_tiles: usize,
+    groups: Range<usize>,
+    tiles: Range<usize>,
     end_row: usize,
     task: &'a Task<'a>,
 }
 
 impl Pass<'_> {
-    /// FIRST passes find the tiles in memory and fetch ahead.
-    ///
-    /// # Safety
-    /// The CPU has what `Isa::Avx512Amx` says.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn run<const TERMS: usize, const GROUPS: usize, const FIRST: bool>(
-        &self,
-        registers: &Registers,
-        products: &mut Products,
-        stack: &mut Stack,
-    ) {
-        let Self { w, group, tile, n_tiles, end_row, task } = *self;
-        let weights = [w.tile(tile), w.tile(tile + n_tiles - 1)];
-        let terms: [&[u16]; GROUPS] =
-            std::array::from_fn(|g| task.terms.group(group + g, task.columns));
-        let first_row = group * (GROUP / TERMS);
-        let n_rows = (end_row - first_row).min(GROUPS * GROUP / TERMS);
-        let n_blocks = task.sum.leaf_columns / BLOCK;
-        let mut leaf = 0;
-        for (part, &n_leaves) in task.sum.part_leaves.iter().enumerate() {
-            let mut top = 0;
-            for _ in 0..n_leaves {
-                let at = leaf * n_blocks;
-                let a = terms.map(|t| &t[at * GROUP_BLOCK..][..n_blocks * GROUP_BLOCK]);
-                let b = weights.map(|w| &w[at * TILE_BLOCK..][..n_blocks * TILE_BLOCK]);
-                registers.multiply::<GROUPS, FIRST>(&a, &b, products);
-                for (row, sums) in stack[top][..n_rows].iter_mut().enumerate() {
-                    sums.write(products.row::<TERMS>(row));
-                }
-                top += 1;
-                for _ in 0..task.sum.merges[leaf] {
-                    top -= 1;
-                    let (left, right) = stack.split_at_mut(top);
-                    merge(&mut left[top - 1][..n_rows], &right[0][..n_rows]);
-                }
-                leaf += 1;
-            }
-            for (row, sums) in stack[0][..if n_leaves > 0 { n_rows } else { 0 }].iter().enumerate()
-            {
-                // SAFETY: the part's first leaf wrote it.
-                let sums = unsafe { sums.assume_init_ref() };
-                for t in 0..n_tiles {
-                    task.store(part, first_row + row, tile + t, &sums[t]);
+    unsafe fn run<const TERMS: usize>(&self, scratch: &mut Scratch) {
+        for window in windows(self.task.sum, WINDOW) {
+            for tile in self.tiles.clone().step_by(2) {
+                for group in self.groups.clone().step_by(2) {
+                    let nth_tile = (tile - self.tiles.start) / 2;
+                    let nth =
+                        (group - self.groups.start) / 2 * self.tiles.len().div_ceil(2) + nth_tile;
+                    // SAFETY: the registers are configured.
+                    unsafe { self.multiply(&window, group, tile, &mut scratch.squares[nth]) };
+                    if let Some(end) = &window.leaf_end {
+                        self.end_leaf::<TERMS>(end, group, tile, nth, scratch);
+                    }
                 }
             }
         }
     }
-}
 
-/// Adds the upper of two sums to the lower one.
-#[inline(always)]
-fn merge(left: &mut [MaybeUninit<[Lanes; 2]>], right: &[MaybeUninit<[Lanes; 2]>]) {
-    for (left, right) in left.iter_mut().zip(right) {
-        // SAFETY: `check_sum` saw that merges leave at least one sum: both were written.
-        let (left, right) = unsafe { (left.assume_init_mut(), right.assume_init_ref()) };
-        for t in 0..2 {
-            for lane in 0..TILE_ROWS {
-                left[t][lane] += right[t][lane];
-            }
-        }
-    }
-}
-
-impl Products {
-    /// The sums of one row of activations: its terms' together.
-    #[inline(always)]
-    fn row<const TERMS: usize>(&self, row: usize) -> [Lanes; 2] {
-        let (group, at) = (row * TERMS / GROUP, row * TERMS % GROUP);
-        std::array::from_fn(|t| {
-            let rows = &self.0[group][t];
-            match TERMS {
-                1 => rows[at],
-                _ => std::array::from_fn(|lane| rows[at][lane] + rows[at + 1][lane]),
-            }
-        })
-    }
-}
-
-/// Products (`2 * group + tile`) are in registers 0 to 3, activations in 4 and 5, weights in 6 and 7.
-struct Registers(tile_registers::Registers);
-
-impl Registers {
-    /// For activations of up to `rows` term rows.
+    /// Adds a window's products to a square.
     ///
     /// # Safety
-    /// The CPU has AMX, and the system lets us use it.
-    unsafe fn configure(rows: usize) -> Self {
-        let mut shapes = [(rows, 64); 8];
-        shapes[6..].fill((16, 64));
-        // SAFETY: by the caller's promise.
-        Self(unsafe { tile_registers::Registers::configure(shapes) })
+    /// The registers are configured.
+    #[inline]
+    unsafe fn multiply(&self, window: &Window, group: usize, tile: usize, square: &mut Square) {
+        let n = window.blocks.len();
+        let last_tile = (tile + 1).min(self.tiles.end - 1);
+        let last_group = (group + 1).min(self.groups.end - 1);
+        let weights = [tile, last_tile].map(|tile| {
+            let blocks = &self.w.tile(tile)[window.blocks.start * TILE_BLOCK..];
+            blocks[..n * TILE_BLOCK].as_ptr()
+        });
+        let terms = [group, last_group].map(|group| {
+            let blocks = self.task.terms.group(group, self.task.columns);
+            blocks[window.blocks.start * GROUP_BLOCK..][..n * GROUP_BLOCK].as_ptr()
+        });
+        // The first groups find the tiles in memory, and bring near what is next of them: in this
+        // window of the columns or, of the tiles after these, the first.
+        let is_last = window.blocks.end * BLOCK == self.task.columns;
+        let to_next = match is_last {
+            true => self.tiles.len() * self.w.tile_bytes() - window.blocks.start * TILE_BLOCK,
+            false => n * TILE_BLOCK,
+        };
+        let (is_first, is_two) = (group == self.groups.start, last_group > group);
+        // SAFETY: by the caller's promise; activations and weights have `n` blocks of 1024 bytes
+        // each; a prefetch may point anywhere.
+        unsafe {
+            begin(square, window.begins_leaf);
+            match (is_two, is_first) {
+                (true, true) => two_groups::<true>(terms, weights, n, to_next),
+                (true, false) => two_groups::<false>(terms, weights, n, to_next),
+                (false, true) => one_group::<true>(terms[0], weights, n, to_next),
+                (false, false) => one_group::<false>(terms[0], weights, n, to_next),
+            }
+            keep(square);
+        }
     }
 
-    /// Blocks of one or two groups times those of two tiles, from zero.
-    #[inline(always)]
-    fn multiply<const GROUPS: usize, const FIRST: bool>(
+    /// Merges a leaf's sums into the tree; stores those of a part that is complete.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    fn end_leaf<const TERMS: usize>(
         &self,
-        a: &[&[u16]; GROUPS],
-        b: &[&[u8]; 2],
-        products: &mut Products,
+        end: &LeafEnd,
+        group: usize,
+        tile: usize,
+        nth: usize,
+        scratch: &mut Scratch,
     ) {
-        let n_blocks = b[0].len() / TILE_BLOCK;
-        assert!(n_blocks > 0 && b[1].len() == b[0].len());
-        assert!(a.iter().all(|a| a.len() == n_blocks * GROUP_BLOCK));
-        // SAFETY: the registers are configured; activations and weights have `n_blocks` blocks of
-        // 1024 bytes each, products room for four registers; a prefetch may point anywhere.
-        unsafe {
-            if GROUPS == 2 {
-                two_groups::<FIRST>([a[0].as_ptr(), a[GROUPS - 1].as_ptr()], b, n_blocks, products);
-            } else {
-                one_group(a[0].as_ptr(), b, n_blocks, products);
+        let first_row = group * (GROUP / TERMS);
+        let n_rows = (self.end_row - first_row).min(2 * GROUP / TERMS);
+        for t in 0..(self.tiles.end - tile).min(2) {
+            for row in 0..n_rows {
+                let mut sum = scratch.squares[nth].row::<TERMS>(t, row);
+                for left in scratch.stack[end.left.clone()].iter().rev() {
+                    let left = &left[nth][t][row];
+                    sum = std::array::from_fn(|lane| left[lane] + sum[lane]);
+                }
+                if end.is_whole {
+                    self.task.store(end.part, first_row + row, tile + t, &sum);
+                } else {
+                    scratch.stack[end.left.start][nth][t][row] = sum;
+                }
             }
         }
     }
 }
 
+impl Square {
+    /// The sums of one row of activations with a tile: its terms' together.
+    #[inline(always)]
+    fn row<const TERMS: usize>(&self, tile: usize, row: usize) -> Lanes {
+        let (group, at) = (row * TERMS / GROUP, row * TERMS % GROUP);
+        let rows = &self.0[group][tile];
+        match TERMS {
+            1 => rows[at],
+            _ => std::array::from_fn(|lane| rows[at][lane] + rows[at + 1][lane]),
+        }
+    }
+}
+
+/// Sums (`2 * group + tile`) are in registers 0 to 3, activations of up to `rows` term rows in 4 and
+/// 5, weights in 6 and 7.
+///
 /// # Safety
-/// [`Registers`] are configured, and each pointer has `n_blocks` of 1024 bytes.
+/// The CPU has AMX, and the system lets us use it.
+unsafe fn configure(rows: usize) -> tile_registers::Registers {
+    let mut shapes = [(rows, 64); 8];
+    shapes[6..].fill((16, 64));
+    // SAFETY: by the caller's promise.
+    unsafe { tile_registers::Registers::configure(shapes) }
+}
+
+/// Sums to registers: zeros, or what they were. No code until [`keep`] may use the registers.
+///
+/// # Safety
+/// They are configured.
+#[inline(always)]
+unsafe fn begin(square: &Square, is_new: bool) {
+    // SAFETY: by the caller's promise; a square has room for four registers.
+    unsafe {
+        if is_new {
+            tile_registers::zero!(0, 1, 2, 3);
+            return;
+        }
+        asm!(
+            "tileloadd tmm0, [{c} + {row}]",
+            "tileloadd tmm1, [{c} + {row} + 1024]",
+            "tileloadd tmm2, [{c} + {row} + 2048]",
+            "tileloadd tmm3, [{c} + {row} + 3072]",
+            c = in(reg) square, row = in(reg) 64usize, options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Sums back to memory.
+///
+/// # Safety
+/// As [`begin`].
+#[inline(always)]
+unsafe fn keep(square: &mut Square) {
+    // SAFETY: as in `begin`.
+    unsafe {
+        asm!(
+            "tilestored [{c} + {row}], tmm0",
+            "tilestored [{c} + {row} + 1024], tmm1",
+            "tilestored [{c} + {row} + 2048], tmm2",
+            "tilestored [{c} + {row} + 3072], tmm3",
+            c = in(reg) square, row = in(reg) 64usize, options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// FIRST: fetches `to_next` bytes on.
+///
+/// # Safety
+/// Registers are configured, and each pointer has `n` blocks of 1024 bytes.
 #[inline(always)]
 unsafe fn two_groups<const FIRST: bool>(
     a: [*const u16; 2],
-    b: &[&[u8]; 2],
-    n_blocks: usize,
-    out: &mut Products,
+    b: [*const u8; 2],
+    n: usize,
+    to_next: usize,
 ) {
     // SAFETY: by the caller's promise.
     unsafe {
         asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
             "2:",
             "tileloadd tmm4, [{a0} + {row}]",
             "tileloadd tmm6, [{b0} + {row}]",
@@ -228,8 +278,8 @@ unsafe fn two_groups<const FIRST: bool>(
             "tdpbf16ps tmm3, tmm5, tmm7",
             ".set evener_line, 0",
             ".rept {lines}",
-            "prefetcht0 [{b0} + {ahead} + evener_line]",
-            "prefetcht0 [{b1} + {ahead} + evener_line]",
+            "prefetcht1 [{b0} + {ahead} + evener_line]",
+            "prefetcht1 [{b1} + {ahead} + evener_line]",
             ".set evener_line, evener_line + 64",
             ".endr",
             "add {a0}, 1024",
@@ -238,16 +288,10 @@ unsafe fn two_groups<const FIRST: bool>(
             "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
-            "tilestored [{c} + {row}], tmm0",
-            "tilestored [{c} + {row} + 1024], tmm1",
-            "tilestored [{c} + {row} + 2048], tmm2",
-            "tilestored [{c} + {row} + 3072], tmm3",
             a0 = inout(reg) a[0] => _, a1 = inout(reg) a[1] => _,
-            b0 = inout(reg) b[0].as_ptr() => _, b1 = inout(reg) b[1].as_ptr() => _,
-            n = inout(reg) n_blocks => _, c = in(reg) out, row = in(reg) 64usize,
-            ahead = const AHEAD, lines = const if FIRST { 16 } else { 0 },
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+            n = inout(reg) n => _, row = in(reg) 64usize, ahead = in(reg) to_next,
+            lines = const if FIRST { REGISTER / 64 } else { 0 },
             options(nostack),
         );
     }
@@ -256,12 +300,10 @@ unsafe fn two_groups<const FIRST: bool>(
 /// # Safety
 /// As [`two_groups`].
 #[inline(always)]
-unsafe fn one_group(a: *const u16, b: &[&[u8]; 2], n_blocks: usize, out: &mut Products) {
+unsafe fn one_group<const FIRST: bool>(a: *const u16, b: [*const u8; 2], n: usize, to_next: usize) {
     // SAFETY: by the caller's promise.
     unsafe {
         asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
             "2:",
             "tileloadd tmm4, [{a} + {row}]",
             "tileloadd tmm6, [{b0} + {row}]",
@@ -269,9 +311,9 @@ unsafe fn one_group(a: *const u16, b: &[&[u8]; 2], n_blocks: usize, out: &mut Pr
             "tileloadd tmm7, [{b1} + {row}]",
             "tdpbf16ps tmm1, tmm4, tmm7",
             ".set evener_line, 0",
-            ".rept 16",
-            "prefetcht0 [{b0} + {ahead} + evener_line]",
-            "prefetcht0 [{b1} + {ahead} + evener_line]",
+            ".rept {lines}",
+            "prefetcht1 [{b0} + {ahead} + evener_line]",
+            "prefetcht1 [{b1} + {ahead} + evener_line]",
             ".set evener_line, evener_line + 64",
             ".endr",
             "add {a}, 1024",
@@ -279,13 +321,10 @@ unsafe fn one_group(a: *const u16, b: &[&[u8]; 2], n_blocks: usize, out: &mut Pr
             "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
-            "tilestored [{c} + {row}], tmm0",
-            "tilestored [{c} + {row} + 1024], tmm1",
             a = inout(reg) a => _,
-            b0 = inout(reg) b[0].as_ptr() => _, b1 = inout(reg) b[1].as_ptr() => _,
-            n = inout(reg) n_blocks => _, c = in(reg) out, row = in(reg) 64usize,
-            ahead = const AHEAD,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+            n = inout(reg) n => _, row = in(reg) 64usize, ahead = in(reg) to_next,
+            lines = const if FIRST { REGISTER / 64 } else { 0 },
             options(nostack),
         );
     }

@@ -12,6 +12,9 @@ use crate::matrix::TILE_ROWS;
 /// Rows of activations, at most, that fetch weights ahead: with more, products take longer.
 const FETCHING: usize = 4;
 
+/// More than those.
+const MANY: usize = FETCHING + 1;
+
 /// Bytes of quants that they fetch ahead. Scales are fetched a tile ahead.
 const AHEAD: usize = 8192;
 
@@ -191,7 +194,7 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
 /// in a tile, but not where those of the next begin.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fetch_scales<B: Blocks>(w: &TileWeights<'_>, b: usize) {
+pub(super) fn fetch_scales<B: Blocks>(w: &TileWeights<'_>, b: usize) {
     let line = |of: *const u8, at: usize| {
         if at.is_multiple_of(LINE) {
             _mm_prefetch::<_MM_HINT_T0>(of.wrapping_add(at + w.len).cast());
@@ -268,6 +271,36 @@ pub(super) unsafe fn scales<B: Blocks>(w: &TileWeights<'_>, b: usize) -> (__m512
     }
 }
 
+/// The 64 bytes at `at` of run b's quants.
+///
+/// # Safety
+/// The tile has run b, and its quants have these bytes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load<B: Blocks, const M: usize>(w: &TileWeights<'_>, b: usize, at: usize) -> __m512i {
+    let at = b * quant_bytes(B::BITS) + at;
+    if const { M <= FETCHING } {
+        let mut ahead = at + AHEAD;
+        if ahead >= w.quants.len() {
+            ahead += w.len - w.quants.len();
+        }
+        _mm_prefetch::<_MM_HINT_T0>(w.quants.as_ptr().wrapping_add(ahead).cast());
+    }
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_loadu_si512(w.quants.as_ptr().add(at).cast()) }
+}
+
+/// Columns 4j to 4j + 3, low, and 16 + 4j to 16 + 4j + 3, high, of all rows of a format of 4 bits.
+///
+/// # Safety
+/// The tile has run b.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn nibbles<B: Blocks>(w: &TileWeights<'_>, b: usize, j: usize) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe { load::<B, MANY>(w, b, j * 64) }
+}
+
 /// Columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3 of all rows.
 ///
 /// # Safety
@@ -279,19 +312,9 @@ pub(super) unsafe fn vectors<B: Blocks, const M: usize>(
     b: usize,
     j: usize,
 ) -> (__m512i, __m512i) {
-    let quants = b * quant_bytes(B::BITS);
-    // SAFETY: in bounds by the caller's promise; a prefetch may point anywhere.
+    // SAFETY: in bounds by the caller's promise.
     unsafe {
-        let load = |at: usize| {
-            if const { M <= FETCHING } {
-                let mut ahead = quants + at + AHEAD;
-                if ahead >= w.quants.len() {
-                    ahead += w.len - w.quants.len();
-                }
-                _mm_prefetch::<_MM_HINT_T0>(w.quants.as_ptr().wrapping_add(ahead).cast());
-            }
-            _mm512_loadu_si512(w.quants.as_ptr().add(quants + at).cast())
-        };
+        let load = |at: usize| load::<B, M>(w, b, at);
         if B::BITS == 8 {
             return (load(j * 128), load(j * 128 + 64));
         }

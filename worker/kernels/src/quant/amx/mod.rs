@@ -7,17 +7,21 @@
 //! most), whose weights, activations and products stay in the first-level cache.
 
 mod runs;
+mod segment;
 mod super_blocks;
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::blocks::{Blocks, RUN};
+use super::blocks::Blocks;
+use super::tiles::{LINE, quant_bytes};
 use crate::activation::GROUP;
 use crate::linear::{Group, MAX_DEPTH, Sum, TileWeights, scale_runs};
 use crate::matrix::TILE_ROWS;
-use crate::tile_registers::REGISTER;
+use crate::pool;
+use crate::tile_registers::{REGISTER, Registers};
+use crate::windows::{LeafEnd, Window, windows};
 
 /// Rows of activations from which tile registers are faster than vectors.
 pub(crate) const MIN_ROWS: usize = 5;
@@ -28,14 +32,14 @@ const TERMS: usize = 2;
 /// Runs of a window, at most.
 const WINDOW: usize = scale_runs::<TERMS>();
 
-/// Tiles of weights that share a window of activations, at most.
+/// Tiles of weights that take turns with a window of several groups of activations.
 const TILES: usize = 2;
 
-/// Tiles of a format's weights to multiply at a time. Where each run is one product, or rows are
-/// few, reading activations for every tile costs less than keeping two tiles.
-pub(crate) const fn tiles_at_once<B: Blocks>(rows: usize) -> usize {
-    if B::BITS == 4 || rows <= GROUP { 1 } else { TILES }
-}
+/// Tiles of a pass, at most: so often a window of activations is read while it is near.
+const MAX_TILES: usize = 8;
+
+/// Sums of a pass, at most: of each tile with each group.
+const MAX_SUMS: usize = TILES * MAX_GROUPS;
 
 /// Groups that a window of unpacked weights serves.
 const MAX_GROUPS: usize = 8;
@@ -50,18 +54,19 @@ struct Scratch {
     /// Weights of a window as bytes.
     weights: [[[u8; REGISTER]; WINDOW]; TILES],
     products: [Product; MAX_PRODUCTS],
-    scale: [[Lanes; WINDOW]; TILES],
-    min: [[Lanes; WINDOW]; TILES],
+    /// Scales of its runs, and mins.
+    scales: [[[Lanes; WINDOW]; 2]; TILES],
     /// Of a window's first part.
-    acc: [Sums; TILES],
+    acc: Sums,
     /// Of the current leaf.
-    total: [[Sums; TILES]; MAX_GROUPS],
+    total: [Sums; MAX_SUMS],
     /// Those that are close in time are close in memory.
-    stack: [[[Sums; TILES]; MAX_GROUPS]; MAX_DEPTH],
+    stack: [[Sums; MAX_SUMS]; MAX_DEPTH],
 }
 
-/// Products that are stored before they are summed.
-const MAX_PRODUCTS: usize = 18;
+/// Products that are stored before they are summed: of super-blocks four of each tile, of runs a
+/// pair in each place.
+const MAX_PRODUCTS: usize = 2 * segment::PLACES;
 
 thread_local! {
     static SCRATCH: RefCell<Box<Scratch>> = RefCell::new(Scratch::new());
@@ -74,40 +79,78 @@ impl Scratch {
     }
 }
 
-/// Multiplies one or two tiles with `rows` of the step, which begin a group. `store` gets which
-/// tile, part, row and sums.
+/// Multiplies tiles with `rows` of the step, which begin a group. `store` gets the tile, part, row
+/// and sums.
 ///
 /// # Safety
 /// The CPU has what `Isa::Avx512Amx` says.
 pub(crate) unsafe fn run_tiles<'a, B: Blocks>(
-    tiles: &[TileWeights<'_>],
+    tile: &dyn Fn(usize) -> TileWeights<'a>,
+    tiles: Range<usize>,
     rows: Range<usize>,
     group: &dyn Fn(usize) -> Group<'a>,
     sum: &Sum<'_>,
     store: &dyn Fn(usize, usize, usize, &Lanes),
 ) {
-    debug_assert!(rows.start.is_multiple_of(GROUP) && (1..=TILES).contains(&tiles.len()));
+    debug_assert!(rows.start.is_multiple_of(GROUP), "registers take whole groups");
+    let n_groups = rows.len().div_ceil(GROUP).clamp(1, MAX_GROUPS);
+    let at_once = (MAX_SUMS / n_groups / TILES * TILES).min(MAX_TILES);
+    let mut configured: Option<(usize, Registers)> = None;
     SCRATCH.with_borrow_mut(|scratch| {
-        let mut first = rows.start;
-        while first < rows.end {
-            let n = match rows.end - first {
-                n @ ..=8 => n,
-                n if n > GROUP && n % GROUP > 0 && n % GROUP <= 8 => n / GROUP * GROUP,
-                n => n,
-            };
-            let n = n.min(MAX_GROUPS * GROUP);
-            let mut groups = [const { None }; MAX_GROUPS];
-            for (i, slot) in groups.iter_mut().enumerate().take(n.div_ceil(GROUP)) {
-                let group = group(first / GROUP + i);
-                assert_eq!(group.side, GROUP, "registers take whole groups");
-                *slot = Some(group);
+        for first_tile in tiles.clone().step_by(at_once) {
+            let end = tiles.end.min(first_tile + at_once);
+            let batch: [_; MAX_TILES] =
+                std::array::from_fn(|t| tile((first_tile + t).min(end - 1)));
+            let store = |t: usize, p, row, sums: &_| store(first_tile + t, p, row, sums);
+            let mut first = rows.start;
+            while first < rows.end {
+                let n = rows_at_once(rows.end - first);
+                let mut groups = [const { None }; MAX_GROUPS];
+                for (i, slot) in groups.iter_mut().enumerate().take(n.div_ceil(GROUP)) {
+                    let group = group(first / GROUP + i);
+                    assert_eq!(group.side, GROUP, "registers take whole groups");
+                    *slot = Some(group);
+                }
+                let registers = if n <= 8 { 8 } else { GROUP };
+                if configured.as_ref().is_none_or(|(rows, _)| *rows != registers) {
+                    drop(configured.take());
+                    // SAFETY: the caller's promise.
+                    configured = Some((registers, unsafe { configure::<B>(registers) }));
+                }
+                let pass = Pass {
+                    tiles: &batch[..end - first_tile],
+                    groups: &groups,
+                    rows: first..first + n,
+                    sum,
+                    store: &store,
+                    scratch,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { if n <= 8 { pass.run::<B, 8>() } else { pass.run::<B, GROUP>() } }
+                first += n;
             }
-            let pass = Pass { tiles, groups: &groups, rows: first..first + n, sum, store, scratch };
-            // SAFETY: the caller's promise.
-            unsafe { if n <= 8 { pass.run::<B, 8>() } else { pass.run::<B, GROUP>() } }
-            first += n;
         }
     });
+}
+
+/// Of so many rows: up to 8, or whole groups, or with the last of them what is more than half.
+fn rows_at_once(n_left: usize) -> usize {
+    let last = n_left % GROUP;
+    let n = if n_left > GROUP && 0 < last && last <= 8 { n_left - last } else { n_left };
+    n.min(MAX_GROUPS * GROUP)
+}
+
+/// # Safety
+/// The CPU has what `Isa::Avx512Amx` says.
+unsafe fn configure<B: Blocks>(rows: usize) -> Registers {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if B::SCALES.sums_integers() {
+            super_blocks::configure(rows)
+        } else {
+            runs::configure::<B>(rows)
+        }
+    }
 }
 
 /// One or two tiles of weights and up to [`MAX_GROUPS`] groups of activations.
@@ -120,123 +163,122 @@ struct Pass<'a, 'b> {
     scratch: &'b mut Scratch,
 }
 
-/// Runs of one activation scale.
-struct Window {
-    runs: Range<usize>,
-    scale: usize,
-    begins_leaf: bool,
-}
-
-/// How far the sums have come; the same for all groups of a window.
-#[derive(Clone, Copy, Default)]
-struct Place {
-    run: usize,
-    scale: usize,
-    leaf: usize,
-    part: usize,
-    /// Leaves of the part that are done.
-    in_part: usize,
-    /// Sums on the stack.
-    top: usize,
+/// Whose sums: a tile's with a group; and where in the scratch they and the tile's weights are.
+#[derive(Clone, Copy)]
+struct At {
+    group: usize,
+    tile: usize,
+    sums: usize,
+    weights: usize,
 }
 
 impl Pass<'_, '_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,gfni")]
     unsafe fn run<B: Blocks, const ROWS: usize>(mut self) {
         let n_groups = self.groups.iter().flatten().count();
-        let leaf_runs = self.sum.leaf_columns / RUN;
-        let n_runs = leaf_runs * self.sum.merges.len();
-        // SAFETY: the caller's promise.
-        let _registers = unsafe {
-            if B::SCALES.sums_integers() {
-                super_blocks::configure(ROWS)
-            } else {
-                runs::configure::<B>(ROWS)
-            }
-        };
-        let mut place = Place::default();
-        while place.run < n_runs {
-            let end = place.run + WINDOW.min(leaf_runs - place.run % leaf_runs);
-            let window = place.run..end;
-            for (t, w) in self.tiles.iter().enumerate() {
+        // A group's part of a window is read again from the cache that is near; those of several
+        // are not, so two tiles take turns with them.
+        let side = if n_groups == 1 { 1 } else { TILES };
+        for window in windows(self.sum, WINDOW) {
+            for first in (0..self.tiles.len()).step_by(side) {
+                let tiles = first..self.tiles.len().min(first + side);
                 // SAFETY: tiles and activations have the runs of the window.
-                unsafe {
-                    if B::SCALES.sums_integers() {
-                        super_blocks::unpack::<B>(w, window.clone(), t, self.scratch);
-                    } else {
-                        runs::unpack::<B>(w, window.clone(), t, self.scratch);
-                    }
-                }
+                unsafe { self.window::<B, ROWS>(&window, tiles, n_groups) };
             }
-            let mut next = place;
-            for g in 0..n_groups {
-                next = place;
-                let group = self.groups[g].as_ref().expect("a group of the pass");
-                let window = Window {
-                    runs: window.clone(),
-                    scale: place.scale,
-                    begins_leaf: place.run.is_multiple_of(leaf_runs),
-                };
-                let (tiles, scratch) = (self.tiles, &mut *self.scratch);
-                // SAFETY: as above.
-                unsafe {
-                    if B::SCALES.sums_integers() {
-                        super_blocks::multiply::<B, ROWS>(tiles, &window, group, g, scratch);
-                    } else {
-                        runs::multiply::<B, ROWS>(tiles.len(), &window, group, g, scratch);
-                    }
-                }
-                next.run = end;
-                next.scale += 1;
-                if end.is_multiple_of(leaf_runs) {
-                    self.end_leaf::<ROWS>(g, &mut next);
-                }
-            }
-            place = next;
         }
+    }
+
+    /// One or two tiles times all groups.
+    ///
+    /// # Safety
+    /// They have the runs of the window, and the registers are configured.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,gfni")]
+    unsafe fn window<B: Blocks, const ROWS: usize>(
+        &mut self,
+        window: &Window,
+        tiles: Range<usize>,
+        n_groups: usize,
+    ) {
+        for (weights, tile) in tiles.clone().enumerate() {
+            let (w, runs) = (&self.tiles[tile], window.blocks.clone());
+            // SAFETY: the caller's promise.
+            unsafe {
+                if B::SCALES.sums_integers() {
+                    super_blocks::unpack::<B>(w, runs, weights, self.scratch);
+                } else {
+                    runs::unpack::<B>(w, runs, weights, self.scratch);
+                }
+            }
+        }
+        let at = |nth: usize| {
+            let (group, weights) = (nth / tiles.len(), nth % tiles.len());
+            let tile = tiles.start + weights;
+            At { group, tile, sums: group * self.tiles.len() + tile, weights }
+        };
+        let n = n_groups * tiles.len();
+        let mut is_begun = false;
+        for nth in 0..n {
+            let (this, next) = (at(nth), (nth + 1 < n).then(|| at(nth + 1)));
+            let w = &self.tiles[this.tile];
+            let ahead = self.ahead::<B>(this.tile, window);
+            let group = |at: At| self.groups[at.group].as_ref().expect("a group of the pass");
+            // SAFETY: the caller's promise.
+            unsafe {
+                if B::SCALES.sums_integers() {
+                    super_blocks::multiply::<B, ROWS>(w, window, group(this), this, self.scratch);
+                } else {
+                    let next = next.filter(|_| window.blocks.len() == WINDOW).map(|next| {
+                        runs::operands(window, group(next), next.weights, self.scratch)
+                    });
+                    let follow = runs::Follow { is_begun, next, ahead };
+                    runs::multiply::<B, ROWS>(window, group(this), this, follow, self.scratch);
+                    is_begun = next.is_some();
+                }
+            }
+            if n_groups > 1 || B::SCALES.sums_integers() {
+                let n_lines = window.blocks.len() * quant_bytes(B::BITS) / LINE;
+                for line in pool::part(n_lines, this.group, n_groups) {
+                    _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(line * LINE).cast());
+                }
+            }
+            if let Some(end) = &window.leaf_end {
+                self.end_leaf::<ROWS>(this, end);
+            }
+        }
+    }
+
+    /// Quants of a tile to bring near in this window: its next, or its first of the pass after this.
+    fn ahead<B: Blocks>(&self, tile: usize, window: &Window) -> *const u8 {
+        let w = &self.tiles[tile];
+        let end = window.blocks.end * quant_bytes(B::BITS);
+        let is_last = end >= w.quants.len();
+        w.quants.as_ptr().wrapping_add(if is_last { self.tiles.len() * w.len } else { end })
     }
 
     /// Merges a leaf's sum into the tree; stores the sum of a part that is complete.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-    fn end_leaf<const ROWS: usize>(&mut self, g: usize, place: &mut Place) {
-        let last = self.rows.end.min(self.rows.start + (g + 1) * GROUP);
-        let rows = self.rows.start + g * GROUP..last;
-        let merges = usize::from(self.sum.merges[place.leaf]);
-        place.leaf += 1;
-        place.in_part += 1;
-        while self.sum.part_leaves[place.part] == 0 {
-            place.part += 1;
-        }
-        let is_whole = place.in_part == self.sum.part_leaves[place.part];
-        let left = place.top - merges..place.top;
-        for t in 0..self.tiles.len() {
-            let total = &mut self.scratch.total[g][t];
-            for row in 0..ROWS {
-                // SAFETY: rows of 16 floats, on cache lines of their own.
-                unsafe {
-                    let mut sum = _mm512_load_ps(total[row].as_ptr());
-                    for left in self.scratch.stack[left.clone()].iter().rev() {
-                        sum = _mm512_add_ps(_mm512_load_ps(left[g][t][row].as_ptr()), sum);
-                    }
-                    let to = if is_whole {
-                        &mut total[row]
-                    } else {
-                        &mut self.scratch.stack[left.start][g][t][row]
-                    };
-                    _mm512_store_ps(to.as_mut_ptr(), sum);
+    fn end_leaf<const ROWS: usize>(&mut self, at: At, end: &LeafEnd) {
+        let total = &mut self.scratch.total[at.sums];
+        for row in 0..ROWS {
+            // SAFETY: rows of 16 floats, on cache lines of their own.
+            unsafe {
+                let mut sum = _mm512_load_ps(total[row].as_ptr());
+                for left in self.scratch.stack[end.left.clone()].iter().rev() {
+                    sum = _mm512_add_ps(_mm512_load_ps(left[at.sums][row].as_ptr()), sum);
                 }
-            }
-            if is_whole {
-                for (row, total) in rows.clone().zip(&*total) {
-                    (self.store)(t, place.part, row, total);
-                }
+                let to = if end.is_whole {
+                    &mut total[row]
+                } else {
+                    &mut self.scratch.stack[end.left.start][at.sums][row]
+                };
+                _mm512_store_ps(to.as_mut_ptr(), sum);
             }
         }
-        place.top -= merges;
-        if is_whole {
-            (place.part, place.in_part, place.top) = (place.part + 1, 0, 0);
-        } else {
-            place.top += 1;
+        if end.is_whole {
+            let first = self.rows.start + at.group * GROUP;
+            for (row, total) in (first..self.rows.end.min(first + GROUP)).zip(&*total) {
+                (self.store)(at.tile, end.part, row, total);
+            }
         }
     }
 }

@@ -1,36 +1,47 @@
 //! Formats with a float scale for each run: every run's products become floats.
 //!
 //! Weights of 4 bits times 16 still are bytes, so that both terms of an activation go into one
-//! product; wider ones need a product for each term. Of half a window, the products of both tiles
-//! are stored one after the other and then summed.
+//! product; wider ones need a product for each term.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::avx512::{scales, vectors};
+use super::super::avx512::{fetch_scales, nibbles, scales, vectors};
 use super::super::blocks::{Blocks, RUN, Scales};
-use super::{Lanes, Product, Scratch, Sums, TERMS, WINDOW, Window, add_scaled, put};
+use super::super::tiles::quant_bytes;
+use super::segment::{self, Operands, Segment, Shape};
+use super::{At, Lanes, Scratch, Sums, TERMS, WINDOW, Window};
 use crate::activation::GROUP;
 use crate::linear::{Group, TileWeights};
-use crate::tile_registers::{REGISTER, Registers, load, multiply, store, zero};
+use crate::matrix::TILE_ROWS;
+use crate::tile_registers::Registers;
 
-/// Runs whose products are stored before they are summed.
-const HALF: usize = WINDOW / 2;
+/// Sums of nothing.
+#[repr(align(64))]
+struct Aligned(Sums);
 
-/// Products that are under way before the first of them is stored.
-const LAG: usize = 2;
+static NOTHING: Aligned = Aligned([[0.0; TILE_ROWS]; GROUP]);
 
-/// Bytes from one row of activations to the next.
-const STRIDE: usize = RUN * TERMS;
+/// Scales that change nothing: what they multiply is no -0, being a sum that began with 0.
+static ONES: [f32; GROUP] = [1.0; GROUP];
 
-/// How a format's runs become products.
-struct Shape<B>(std::marker::PhantomData<B>);
+impl Shape {
+    const fn of<B: Blocks>() -> Self {
+        match (B::BITS, B::SCALES.has_min()) {
+            (4, false) => Self::OneSigned,
+            (4, true) => Self::OneWithMin,
+            (_, false) => Self::TwoSigned,
+            (_, true) => Self::TwoWithMin,
+        }
+    }
 
-impl<B: Blocks> Shape<B> {
-    const COMBINED: bool = B::BITS == 4;
-    /// Products of a run and a group.
-    const PRODUCTS: usize = if Self::COMBINED { 1 } else { TERMS };
-    const SIGNED: bool = B::ZERO != 0;
+    const fn is_one(self) -> bool {
+        matches!(self, Self::OneSigned | Self::OneWithMin)
+    }
+
+    const fn is_signed(self) -> bool {
+        matches!(self, Self::OneSigned | Self::TwoSigned)
+    }
 }
 
 /// Products in registers 0 to 3, activations in 4 and 5, weights in 6 and 7.
@@ -38,7 +49,7 @@ impl<B: Blocks> Shape<B> {
 /// # Safety
 /// The CPU has what `Isa::Avx512Amx` says.
 pub(super) unsafe fn configure<B: Blocks>(rows: usize) -> Registers {
-    let width = if Shape::<B>::COMBINED { 2 * RUN } else { RUN };
+    let width = if Shape::of::<B>().is_one() { 2 * RUN } else { RUN };
     let (product, activations, weights) = ((rows, 64), (rows, width), (width / 4, 64));
     let shapes = [product, product, product, product, activations, activations, weights, weights];
     // SAFETY: the caller's promise.
@@ -49,7 +60,7 @@ pub(super) unsafe fn configure<B: Blocks>(rows: usize) -> Registers {
 ///
 /// # Safety
 /// The tile has these runs.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,gfni")]
 pub(super) unsafe fn unpack<B: Blocks>(
     w: &TileWeights<'_>,
     window: Range<usize>,
@@ -57,212 +68,160 @@ pub(super) unsafe fn unpack<B: Blocks>(
     scratch: &mut Scratch,
 ) {
     let zero = _mm512_set1_epi8(B::ZERO as i8);
-    let high = _mm512_set1_epi8(-16);
     for (i, b) in window.enumerate() {
         let to = scratch.weights[t][i].as_mut_ptr();
-        let put = |at: usize, v| {
-            let v = if Shape::<B>::SIGNED { _mm512_sub_epi8(v, zero) } else { v };
-            // SAFETY: 16 vectors of 64 bytes.
-            unsafe {
-                if Shape::<B>::COMBINED {
-                    let shifted = _mm512_and_si512(_mm512_slli_epi16::<4>(v), high);
-                    _mm512_store_si512(to.add(at * 64).cast(), shifted);
-                    _mm512_store_si512(to.add((8 + at) * 64).cast(), v);
-                } else {
-                    _mm512_store_si512(to.add(at * 64).cast(), v);
-                }
-            }
-        };
+        // SAFETY: 16 vectors of 64 bytes.
+        let put = |at: usize, v| unsafe { _mm512_store_si512(to.add(at * 64).cast(), v) };
         // SAFETY: the caller's promise; lanes are 16 floats.
         unsafe {
             for j in 0..4 {
-                let (left, right) = vectors::<B, 1>(w, b, j);
-                put(j, left);
-                put(4 + j, right);
+                if B::BITS == 4 {
+                    let packed = nibbles::<B>(w, b, j);
+                    let [left, right, left_16, right_16] = if Shape::of::<B>().is_signed() {
+                        apart::<0xf8, 0x80>(packed, SIGNED)
+                    } else {
+                        apart::<0, 0>(packed, UNSIGNED)
+                    };
+                    put(j, left_16);
+                    put(4 + j, right_16);
+                    put(8 + j, left);
+                    put(12 + j, right);
+                } else {
+                    let (left, right) = vectors::<B, GROUP>(w, b, j);
+                    let centred = |v| match Shape::of::<B>().is_signed() {
+                        true => _mm512_sub_epi8(v, zero),
+                        false => v,
+                    };
+                    put(j, centred(left));
+                    put(4 + j, centred(right));
+                }
             }
+            fetch_scales::<B>(w, b);
             let (scale, min) = scales::<B>(w, b);
-            _mm512_store_ps(scratch.scale[t][i].as_mut_ptr(), scale);
+            _mm512_store_ps(scratch.scales[t][0][i].as_mut_ptr(), scale);
             let min = match B::SCALES {
                 Scales::Super => _mm512_sub_ps(_mm512_setzero_ps(), min),
                 _ => min,
             };
-            _mm512_store_ps(scratch.min[t][i].as_mut_ptr(), min);
+            _mm512_store_ps(scratch.scales[t][1][i].as_mut_ptr(), min);
         }
     }
 }
 
-/// Adds a window's sums of a group, times the scales of its rows, to the totals of each tile.
-///
-/// # Safety
-/// The group has these runs, and the scratch their weights.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
-    n_tiles: usize,
+/// Bits of a byte that make each bit of another, highest first: low and high nibble, and both times
+/// 16.
+type Bits = [u64; 4];
+
+const UNSIGNED: Bits =
+    [0x0102_0408_0000_0000, 0x1020_4080_0000_0000, 0x0000_0000_0102_0408, 0x0000_0000_1020_4080];
+
+/// Of nibbles less 8: their highest bit, turned round, is all higher ones.
+const SIGNED: Bits =
+    [0x0102_0408_0808_0808, 0x1020_4080_8080_8080, 0x0000_0000_0102_0408, 0x0000_0000_1020_4080];
+
+/// Nibbles as bytes, by bits; those of `PLAIN`, and of `BY_16` where they are times 16, are turned
+/// round.
+#[inline]
+#[target_feature(enable = "avx512f,gfni")]
+fn apart<const PLAIN: i32, const BY_16: i32>(packed: __m512i, bits: Bits) -> [__m512i; 4] {
+    let bits = bits.map(|bits| _mm512_set1_epi64(bits as i64));
+    [
+        _mm512_gf2p8affine_epi64_epi8::<PLAIN>(packed, bits[0]),
+        _mm512_gf2p8affine_epi64_epi8::<PLAIN>(packed, bits[1]),
+        _mm512_gf2p8affine_epi64_epi8::<BY_16>(packed, bits[2]),
+        _mm512_gf2p8affine_epi64_epi8::<BY_16>(packed, bits[3]),
+    ]
+}
+
+/// Where the products of a window begin.
+pub(super) fn operands(
     window: &Window,
     group: &Group<'_>,
-    g: usize,
-    scratch: &mut Scratch,
-) {
-    let d = &group.d.as_chunks().0[window.scale];
-    let runs = &window.runs;
-    let mut first = 0;
-    let at_once = if n_tiles == 1 { WINDOW } else { HALF };
-    while first < runs.len() {
-        let half = first..runs.len().min(first + at_once);
-        let run = runs.start + first;
-        // SAFETY: the caller's promise.
-        unsafe { products::<B>(n_tiles, run, half.clone(), group, scratch) };
-        for t in 0..n_tiles {
-            let products = &scratch.products[LAG + t * Shape::<B>::PRODUCTS..];
-            let apart = n_tiles * Shape::<B>::PRODUCTS;
-            let scale = &scratch.scale[t][half.clone()];
-            let min = &scratch.min[t][half.clone()];
-            let sum = &group.sum[run * GROUP..];
-            let acc = add::<B, ROWS>(products, apart, scale, min, sum, &scratch.acc[t], first == 0);
-            if half.end == runs.len() {
-                add_scaled(&acc, d, &mut scratch.total[g][t], window.begins_leaf);
-            } else {
-                put(&acc, &mut scratch.acc[t]);
-            }
-        }
-        first = half.end;
+    t: usize,
+    scratch: &Scratch,
+) -> Operands {
+    Operands {
+        activations: group.q[group.place(TERMS, window.blocks.start, 0)..].as_ptr(),
+        weights: scratch.weights[t].as_ptr().cast(),
     }
 }
 
-/// Products of some of a window's runs: `[run, tile, term]` behind [`LAG`] of no meaning. Each is
-/// stored when two more are under way.
+/// What comes before a window, after it, and later.
+pub(super) struct Follow {
+    /// The one before began this one.
+    pub(super) is_begun: bool,
+    /// Whole windows begin the next.
+    pub(super) next: Option<Operands>,
+    /// Packed weights to bring near.
+    pub(super) ahead: *const u8,
+}
+
+/// Adds a tile's sums of a group in a window, times the scales of its rows, to the totals.
 ///
 /// # Safety
-/// As [`multiply`].
-#[inline(always)]
-unsafe fn products<B: Blocks>(
-    n_tiles: usize,
-    first_run: usize,
-    runs: Range<usize>,
+/// The group has these runs, and the scratch their weights; the registers are configured, and those
+/// of a window that is begun are as they were left.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
+    window: &Window,
     group: &Group<'_>,
+    at: At,
+    follow: Follow,
     scratch: &mut Scratch,
 ) {
-    let mut to = scratch.products.as_mut_ptr().cast::<u8>();
-    // The register of the product before.
-    let mut last = 3;
-    macro_rules! multiply_all {
-        ($multiply:literal) => {
-            // A product of register `$a` with weights in `$b`, and the store of an older one.
-            macro_rules! product {
-                ($sum:literal, $a:literal, $b:literal, $older:literal) => {
-                    zero!($sum);
-                    multiply!($multiply, $sum, $a, $b);
-                    store!($older, to);
-                    to = to.add(REGISTER);
-                };
-            }
-            for (i, at) in runs.enumerate() {
-                let a = group.q[group.place(TERMS, first_run + i, 0)..].as_ptr();
-                if Shape::<B>::COMBINED {
-                    for t in 0..n_tiles {
-                        let b = scratch.weights[t][at].as_ptr();
-                        load!(4, a, STRIDE);
-                        load!(6, b, 64usize);
-                        match last {
-                            3 => {
-                                product!(0, 4, 6, 2);
-                            }
-                            0 => {
-                                product!(1, 4, 6, 3);
-                            }
-                            1 => {
-                                product!(2, 4, 6, 0);
-                            }
-                            _ => {
-                                product!(3, 4, 6, 1);
-                            }
-                        }
-                        last = (last + 1) % 4;
-                    }
-                } else {
-                    load!(4, a, STRIDE);
-                    load!(5, a.add(RUN), STRIDE);
-                    for t in 0..n_tiles {
-                        load!(6, scratch.weights[t][at].as_ptr(), 64usize);
-                        if last == 3 {
-                            product!(0, 4, 6, 2);
-                            product!(1, 5, 6, 3);
-                        } else {
-                            product!(2, 4, 6, 0);
-                            product!(3, 5, 6, 1);
-                        }
-                        last = (last + 2) % 4;
-                    }
-                }
-            }
-        };
-    }
-    // SAFETY: a group has 16 rows (it is padded) of each term; a run's weights are 1024 bytes, or
-    // 512 that are read; the products of a window and those under way have room.
-    unsafe {
-        if Shape::<B>::SIGNED {
-            multiply_all!("tdpbssd");
-        } else {
-            multiply_all!("tdpbsud");
-        }
-        match last {
-            3 => {
-                store!(2, to);
-                store!(3, to.add(REGISTER));
-            }
-            0 => {
-                store!(3, to);
-                store!(0, to.add(REGISTER));
-            }
-            1 => {
-                store!(0, to);
-                store!(1, to.add(REGISTER));
-            }
-            _ => {
-                store!(1, to);
-                store!(2, to.add(REGISTER));
-            }
-        }
-    }
-}
-
-/// One tile's products of some runs, scaled, and the sums of those before them.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-fn add<B: Blocks, const ROWS: usize>(
-    products: &[Product],
-    apart: usize,
-    scale: &[Lanes],
-    min: &[Lanes],
-    sum: &[f32],
-    sums: &Sums,
-    is_first: bool,
-) -> [__m512; ROWS] {
-    let mut acc = [_mm512_setzero_ps(); ROWS];
-    if !is_first {
-        for row in 0..ROWS {
-            // SAFETY: rows of 16 floats.
-            acc[row] = unsafe { _mm512_load_ps(sums[row].as_ptr()) };
-        }
-    }
-    for (i, ((scale, min), sum)) in scale.iter().zip(min).zip(sum.chunks_exact(GROUP)).enumerate() {
-        let products = &products[i * apart..];
-        // SAFETY: lanes are 16 floats, on cache lines of their own.
+    let shape = Shape::of::<B>();
+    let d: *const [f32; GROUP] = &group.d.as_chunks().0[window.idx];
+    let sums = group.sum.as_chunks::<GROUP>().0;
+    let total = &raw mut scratch.total[at.sums];
+    let zero = &raw const NOTHING.0;
+    let of = operands(window, group, at.weights, scratch);
+    let Follow { is_begun, next, ahead } = follow;
+    let run = window.blocks.start;
+    let segment = Segment {
+        of,
+        products: scratch.products.as_mut_ptr(),
+        scales: &raw const scratch.scales[at.weights],
+        sums: sums[run..].as_ptr(),
+        ahead,
+        from: if window.begins_leaf { zero } else { total },
+        d,
+        to: total,
+    };
+    if window.blocks.len() == WINDOW {
+        // SAFETY: the caller's promise; a group has 16 rows (it is padded) of each term, and nothing
+        // but the segment uses the scratch meanwhile.
         unsafe {
-            let (scale, min) = (_mm512_load_ps(scale.as_ptr()), _mm512_load_ps(min.as_ptr()));
-            for row in 0..ROWS {
-                let product = |term: usize| _mm512_load_si512(products[term][row].as_ptr().cast());
-                let dot = if Shape::<B>::COMBINED {
-                    product(0)
-                } else {
-                    _mm512_add_epi32(_mm512_slli_epi32::<4>(product(0)), product(1))
-                };
-                acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[row]);
-                if B::SCALES.has_min() {
-                    acc[row] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum[row]), acc[row]);
-                }
+            if !is_begun {
+                segment::enter(shape, of, segment.products);
             }
+            segment::window::<ROWS>(shape, segment, next);
         }
+        return;
     }
-    acc
+    let mut first = 0;
+    while first < window.blocks.len() {
+        // The largest of 4, 2 and 1 runs that are left.
+        let n = 1 << (window.blocks.len() - first).ilog2();
+        let is_last = first + n == window.blocks.len();
+        let acc = &raw mut scratch.acc;
+        let run = run + first;
+        let segment = Segment {
+            of: Operands {
+                activations: group.q[group.place(TERMS, run, 0)..].as_ptr(),
+                weights: scratch.weights[at.weights][first..].as_ptr().cast(),
+            },
+            // Further on in the same arrays.
+            scales: segment.scales.cast::<Lanes>().wrapping_add(first).cast(),
+            sums: sums[run..].as_ptr(),
+            ahead: ahead.wrapping_add(first * quant_bytes(B::BITS)),
+            from: if is_last { segment.from } else { zero },
+            d: if is_last { d } else { &raw const ONES },
+            to: if is_last { total } else { acc },
+            ..segment
+        };
+        let start = if first == 0 { zero } else { acc };
+        // SAFETY: as above.
+        unsafe { segment::short::<ROWS>(shape, n, segment, start) };
+        first += n;
+    }
 }

@@ -9,15 +9,13 @@ use std::ops::Range;
 
 use super::super::avx512::{integer_scales, vectors};
 use super::super::blocks::{Blocks, RUN};
-use super::{Product, Scratch, Sums, TERMS, Window, add_scaled, put};
+use super::{At, Product, Scratch, Sums, TERMS, Window, add_scaled, put};
+use crate::activation::GROUP;
 use crate::linear::{Group, TileWeights};
 use crate::tile_registers::{REGISTER, Registers, load, multiply, store, zero};
 
 /// Bytes from one row of activations to the next.
 const STRIDE: usize = RUN * TERMS;
-
-/// Products of a tile and a group: high and low terms with low bytes and with high bytes.
-const PRODUCTS: usize = 4;
 
 /// Products in registers 0 to 3, activations in 4 and 5, weights in 6 and 7.
 ///
@@ -77,7 +75,7 @@ pub(super) unsafe fn unpack<B: Blocks>(
             let twice = |v| _mm512_mask_blend_epi16(0xaaaa_aaaa, v, _mm512_slli_epi32::<16>(v));
             let (left_scale, right_scale) = (twice(left_scale), twice(right_scale));
             for j in 0..4 {
-                let (left, right) = vectors::<B, 1>(w, b, j);
+                let (left, right) = vectors::<B, GROUP>(w, b, j);
                 put(j, left, left_scale);
                 put(4 + j, right, right_scale);
             }
@@ -85,38 +83,33 @@ pub(super) unsafe fn unpack<B: Blocks>(
     }
 }
 
-/// Adds a window's sums of a group, times the scales of its rows, to the totals of each tile.
+/// Adds a tile's sums of a group in a window, times the scales of its rows, to the totals.
 ///
 /// # Safety
 /// The group has these runs, and the scratch their weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
-    tiles: &[TileWeights<'_>],
+    w: &TileWeights<'_>,
     window: &Window,
     group: &Group<'_>,
-    g: usize,
+    at: At,
     scratch: &mut Scratch,
 ) {
-    let d = &group.d.as_chunks().0[window.scale];
-    let all = &window.runs;
-    for (i, runs) in parts(&tiles[0], all.clone()).enumerate() {
-        for t in 0..tiles.len() {
-            let weights = &scratch.weights[t][runs.start - all.start..];
-            let to = scratch.products[t * PRODUCTS..].as_mut_ptr().cast();
-            // SAFETY: the caller's promise.
-            unsafe { products(runs.clone(), group, weights, to) };
-        }
-        for (t, w) in tiles.iter().enumerate() {
-            let products = &scratch.products[t * PRODUCTS..];
-            let at = w.scale_at::<B>(runs.start);
-            // SAFETY: the tile has a scale for 16 rows of these runs.
-            let scale = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(w.d[at..].as_ptr().cast())) };
-            let acc = add::<ROWS>(products, scale, &scratch.acc[t], i == 0);
-            if runs.end == all.end {
-                add_scaled(&acc, d, &mut scratch.total[g][t], window.begins_leaf);
-            } else {
-                put(&acc, &mut scratch.acc[t]);
-            }
+    let d = &group.d.as_chunks().0[window.idx];
+    let all = &window.blocks;
+    for (i, runs) in parts(w, all.clone()).enumerate() {
+        let weights = &scratch.weights[at.weights][runs.start - all.start..];
+        let products_at = scratch.products.as_mut_ptr().cast();
+        // SAFETY: the caller's promise.
+        unsafe { products(runs.clone(), group, weights, products_at) };
+        let scale_at = w.scale_at::<B>(runs.start);
+        // SAFETY: the tile has a scale for 16 rows of these runs.
+        let scale = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(w.d[scale_at..].as_ptr().cast())) };
+        let acc = add::<ROWS>(&scratch.products, scale, &scratch.acc, i == 0);
+        if runs.end == all.end {
+            add_scaled(&acc, d, &mut scratch.total[at.sums], window.begins_leaf);
+        } else {
+            put(&acc, &mut scratch.acc);
         }
     }
 }
