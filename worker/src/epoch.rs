@@ -33,6 +33,10 @@ const MIN_KV_TOKENS: usize = 256;
 /// Share of the available memory that a host's KV caches take unless told otherwise.
 const KV_MEMORY_FRACTION: u64 = 4;
 
+/// Share of a device's free memory that goes to the KV cache unless told otherwise: the rest is for
+/// what libraries and graphs take.
+const DEVICE_KV_SHARE: (u64, u64) = (9, 10);
+
 /// Operations of the collective that are logged when an epoch fails.
 const N_LOGGED: usize = 64;
 
@@ -467,8 +471,9 @@ impl Device {
             Form::Ready(_, n_kv_blocks) => Ok(*n_kv_blocks),
             Form::Loaded(loaded) => {
                 let fraction = KV_MEMORY_FRACTION * spec.n_local_ranks as u64;
-                let budget = spec.kv_memory_bytes.unwrap_or_else(|| {
-                    metrics::available_memory_bytes().unwrap_or(u64::MAX) / fraction
+                let budget = spec.kv_memory_bytes.unwrap_or_else(|| match loaded.free_bytes() {
+                    Some(free) => free / DEVICE_KV_SHARE.1 * DEVICE_KV_SHARE.0,
+                    None => metrics::available_memory_bytes().unwrap_or(u64::MAX) / fraction,
                 });
                 let max_context = spec.backend_options.max_context;
                 kv_capacity(loaded.kv_block_bytes(), budget, spec.max_running, max_context)

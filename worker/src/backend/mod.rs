@@ -1,22 +1,25 @@
 //! The contract of a device: load a rank's slices, then run its program on one batch after another.
 //!
-//! `cpu` is ours and fast; `reference` is candle, slow and obvious. A backend knows tensors and its
-//! rank; it does not know requests, sampling or the network beyond the collective it is handed.
+//! `cpu` and `cuda` are ours and fast; `reference` is candle, slow and obvious. A backend knows
+//! tensors and its rank; it does not know requests, sampling or the network beyond the collective it
+//! is handed.
 
 use std::ops::ControlFlow;
 
 use evener_collective::Collective;
 use evener_kernels::Isa;
-use evener_kernels::peaks::{n_peaks, peaks_of};
+use evener_kernels::peaks::{best, n_peaks, peaks_of};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::program::Program;
 
 mod cpu;
+mod cuda;
 mod reference;
 
 pub(crate) use cpu::PRECISION as CPU_PRECISION;
 pub use evener_kernels::attention::Format as KvFormat;
+pub use evener_kernels::cuda::Place;
 
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
@@ -65,8 +68,10 @@ impl Batch {
 /// Which implementation runs the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Our kernels.
+    /// Our kernels, on this machine's processor.
     Cpu,
+    /// Our kernels on a card, or on its emulation.
+    Cuda(Place),
     /// candle tensors: slow, obvious, the truth the others are tested against.
     Reference,
 }
@@ -100,6 +105,11 @@ pub trait Loaded: Send {
     fn name(&self) -> String;
     /// Same bits whatever the batch, the threads and the split.
     fn deterministic(&self) -> bool;
+    /// Bytes of the device's own memory that are free for a KV cache; none of a backend that uses
+    /// the machine's.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
     /// Allocates the KV cache and the step's buffers.
     ///
     /// # Errors
@@ -135,6 +145,27 @@ pub trait Backend: Send {
             peaks_of(Isa::detect(), row, &mut out[first..]);
         }
     }
+
+    /// Replaces `out` by two words for each of the `n_rows` rows of the last run: its largest logit
+    /// and the bits of the index, of equals the lowest ([`best`]); -infinity and 0 without columns.
+    /// `peaks` is left with anything.
+    fn likeliest(
+        &mut self,
+        n_rows: usize,
+        columns: usize,
+        peaks: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) {
+        self.peaks(columns, peaks);
+        let (isa, n_peaks) = (Isa::detect(), n_peaks(columns));
+        out.clear();
+        for row in 0..n_rows {
+            let logits = &self.logits()[row * columns..][..columns];
+            let found = best(isa, logits, &peaks[row * n_peaks..][..n_peaks]);
+            let (index, logit) = found.unwrap_or((0, f32::NEG_INFINITY));
+            out.extend([logit, f32::from_bits(index as u32)]);
+        }
+    }
 }
 
 /// Hears of bytes done and bytes in total while weights load; may stop it.
@@ -154,6 +185,7 @@ pub fn load(
 ) -> Result<Box<dyn Loaded>, LoadError> {
     match kind {
         Kind::Cpu => Ok(Box::new(cpu::load(checkpoint, program, options, progress)?)),
+        Kind::Cuda(place) => cuda::load(place, checkpoint, program, options, progress),
         Kind::Reference => reference::load(checkpoint, program, progress),
     }
 }

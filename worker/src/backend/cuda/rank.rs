@@ -1,0 +1,479 @@
+//! A rank at work: weights, cache and buffers on a device, and its program's ops as launches.
+//!
+//! Everything a step's kernels are told lies in device memory at places that depend on the step's
+//! sizes alone. So a decode step is padded to its bucket and runs as one graph, recorded when its
+//! sizes come a second time; a step that meets other ranks, or brings a prompt, is launched op by op.
+
+use std::cell::OnceCell;
+
+use evener_collective::{Collective, Tag};
+use evener_kernels::cuda::attention::{self, Heads, KvCache, Queries, Rope, Rows, WORDS};
+use evener_kernels::cuda::linear::{self, Activations, Parts, Projection, embed, linear};
+use evener_kernels::cuda::{Buffer, Device, Error as DeviceError, Graph, Shape, rows};
+use evener_kernels::peaks::n_peaks;
+
+use super::graphs::{Choice, Graphs};
+use super::plan::{Bounds, Layout, Plan, Sizes};
+use super::weights::Weights;
+use crate::backend::{Backend, Batch, Error, KV_BLOCK_LEN, KvFormat, Options};
+use crate::model::config::{Rope as RopeOf, RopePairs};
+use crate::model::program::{BufferId, Op, Program};
+
+/// Blocks of threads that attention is spread over at least, where sequences are long enough.
+const LEAST_ITEMS: usize = 1024;
+/// Tokens of a tensor core's tile: buffers hold whole ones.
+const TOKEN_TILE: usize = 8;
+/// Positions whose angles are made at once.
+const ANGLE_STEP: usize = 1024;
+
+/// A rank at work.
+pub(super) struct Rank {
+    device: Device,
+    weights: Weights,
+    bounds: Bounds,
+    /// By [`BufferId`]: the front of each is `[n_parts, T, columns]` of the current step.
+    buffers: Vec<Buffer<f32>>,
+    /// By layer.
+    caches: Vec<KvCache>,
+    /// By op, what the device has to know of it.
+    prepared: Vec<Prepared>,
+    scratch: Scratch,
+    angles: Angles,
+    plan: Plan,
+    graphs: Graphs<Sizes, Graph>,
+    /// Rows of logits of the last run.
+    n_sampled: usize,
+    /// The last run's logits, once somebody asked for them.
+    logits: OnceCell<Vec<f32>>,
+    /// Parts and sum of an all-reduce with other ranks, on their way.
+    on_host: [Vec<f32>; 2],
+}
+
+enum Prepared {
+    Nothing,
+    Parts(Parts),
+    Heads(Heads),
+}
+
+/// Device memory that only a step uses.
+struct Scratch {
+    words: Buffer<u32>,
+    activations: Activations,
+    attended: Option<attention::Parts>,
+    sampled: Buffer<f32>, // [S, hidden]
+    logits: Buffer<f32>,  // [S, own vocabulary rows]
+    best: Buffer<f32>,    // [S, 2]
+    peaks: Buffer<f32>,   // [S, n_peaks]
+}
+
+/// Most tokens of a step, in whole tiles.
+fn padded_tokens(options: &Options) -> usize {
+    options.max_batch_tokens.next_multiple_of(TOKEN_TILE)
+}
+
+fn bounds(program: &Program, options: &Options, n_kv_blocks: usize) -> Bounds {
+    let groups = program.ops.iter().filter_map(|op| match op {
+        Op::Attention { kv_of_head, .. } => {
+            let of = |kv: usize| kv_of_head.iter().filter(|&&head| head == kv).count();
+            (0..program.n_kv_heads).map(of).max()
+        }
+        _ => None,
+    });
+    let max_tokens = padded_tokens(options);
+    Bounds {
+        max_tokens,
+        max_samples: options.max_sample_rows.next_multiple_of(TOKEN_TILE),
+        max_items: max_tokens.max(LEAST_ITEMS),
+        n_kv_blocks,
+        group: groups.max().unwrap_or(0),
+        has_tiles: options.kv_format == KvFormat::F16,
+    }
+}
+
+/// What a rank allocates beside weights and cache, about.
+pub(super) fn buffer_bytes(program: &Program, options: &Options) -> u64 {
+    let bounds = bounds(program, options, 0);
+    let widest = widest(program);
+    let columns: usize = program.buffers.iter().map(|b| b.n_parts * b.columns).sum();
+    let logits = bounds.max_samples * (program.vocab.len() + n_peaks(program.vocab.len()) + widest);
+    let attended = bounds.max_items * n_heads(program) * (program.head_dim + 2);
+    let angles = options.max_context * program.head_dim;
+    // Activations as integers and as two halves: two words a number in all.
+    4 * (bounds.max_tokens * (columns + 2 * widest) + logits + attended + angles) as u64
+}
+
+fn widest(program: &Program) -> usize {
+    program.buffers.iter().map(|buffer| buffer.columns).max().unwrap_or(0)
+}
+
+fn n_heads(program: &Program) -> usize {
+    let of_op = |op: &Op| match op {
+        Op::Attention { kv_of_head, .. } => Some(kv_of_head.len()),
+        _ => None,
+    };
+    program.ops.iter().filter_map(of_op).max().unwrap_or(0)
+}
+
+impl Rank {
+    pub(super) fn new(
+        device: Device,
+        weights: Weights,
+        options: &Options,
+        shape: Shape,
+        n_kv_blocks: usize,
+    ) -> Result<Self, DeviceError> {
+        let program = &weights.program;
+        let bounds = bounds(program, options, n_kv_blocks);
+        let new_buffer = |b: &crate::model::program::Buffer| {
+            device.buffer(b.n_parts * bounds.max_tokens * b.columns)
+        };
+        let buffers = program.buffers.iter().map(new_buffer).collect::<Result<_, _>>()?;
+        let new_cache = |_| KvCache::new(&device, shape, n_kv_blocks, program.n_kv_heads);
+        let caches = (0..program.n_layers).map(new_cache).collect::<Result<_, _>>()?;
+        let prepare = |op| prepare(&device, program, op);
+        let prepared = program.ops.iter().map(prepare).collect::<Result<_, _>>()?;
+        let (widest, n_heads) = (widest(program), n_heads(program));
+        let (max_samples, vocab) = (bounds.max_samples, program.vocab.len());
+        // As many as all sequences of a step could have, each row with a table of its own at most.
+        let max_table_blocks =
+            bounds.max_tokens * options.max_context.div_ceil(KV_BLOCK_LEN).min(n_kv_blocks);
+        let scratch = Scratch {
+            words: device.buffer(Plan::max_words(&bounds, max_table_blocks))?,
+            activations: Activations::new(&device, bounds.max_tokens.max(max_samples), widest)?,
+            attended: match n_heads {
+                0 => None,
+                n => Some(attention::Parts::new(&device, bounds.max_items, n, shape.head_dim)?),
+            },
+            sampled: device.buffer(max_samples * widest)?,
+            logits: device.buffer(max_samples * vocab)?,
+            best: device.buffer(2 * max_samples)?,
+            peaks: device.buffer(max_samples * n_peaks(vocab))?,
+        };
+        let angles = Angles::new(&device, program, options.max_context)?;
+        Ok(Self {
+            bounds,
+            buffers,
+            caches,
+            prepared,
+            scratch,
+            angles,
+            plan: Plan::default(),
+            graphs: Graphs::default(),
+            n_sampled: 0,
+            logits: OnceCell::new(),
+            on_host: [Vec::new(), Vec::new()],
+            device,
+            weights,
+        })
+    }
+
+    fn n_columns(&self) -> usize {
+        self.weights.program.vocab.len()
+    }
+}
+
+fn prepare(device: &Device, program: &Program, op: &Op) -> Result<Prepared, DeviceError> {
+    Ok(match op {
+        Op::Linear { input, .. } | Op::Head { input, .. } => {
+            Prepared::Parts(Parts::new(device, [program.buffers[input.0].columns])?)
+        }
+        Op::LinearParts { sum, .. } => {
+            let columns = sum.part_leaves.iter().map(|n| n * sum.leaf_columns);
+            Prepared::Parts(Parts::new(device, columns)?)
+        }
+        Op::Attention { kv_of_head, .. } => {
+            Prepared::Heads(Heads::new(device, kv_of_head, program.n_kv_heads)?)
+        }
+        Op::Embed { .. }
+        | Op::Norm { .. }
+        | Op::RopeKv { .. }
+        | Op::SiluGate { .. }
+        | Op::AllReduce { .. } => Prepared::Nothing,
+    })
+}
+
+impl Backend for Rank {
+    fn run(&mut self, batch: &Batch, collective: &mut dyn Collective) -> Result<(), Error> {
+        let end = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
+        self.angles.extend(end)?;
+        self.logits.take();
+        self.n_sampled = batch.sample_rows.len();
+        // What other ranks do cannot be recorded.
+        let pads = collective.world_size() == 1 && Plan::is_bucketed(batch, &self.bounds);
+        let (sizes, layout) = self.plan.make(batch, &self.bounds, pads);
+        self.scratch.words.upload(0, &self.plan.words)?;
+        let choice = if pads { self.graphs.choose(sizes) } else { Choice::Run };
+        if choice == Choice::Record {
+            let step = Step { rank: self, sizes, layout, n_tables: batch.block_tables.len() };
+            let graph = self.device.record(|| step.run_alone())?;
+            self.graphs.keep(sizes, graph);
+        }
+        if let (true, Some(graph)) = (pads, self.graphs.get(sizes)) {
+            return Ok(self.device.replay(graph)?);
+        }
+        let mut on_host = std::mem::take(&mut self.on_host);
+        let step = Step { rank: self, sizes, layout, n_tables: batch.block_tables.len() };
+        let ran = step.run(batch.step, collective, &mut on_host);
+        self.on_host = on_host;
+        ran
+    }
+
+    fn copy_block(&mut self, from: u32, to: u32) {
+        for cache in &self.caches {
+            // A device that failed says so in the step that follows.
+            let _ = cache.copy_block(from as usize, to as usize);
+        }
+    }
+
+    fn logits(&self) -> &[f32] {
+        self.logits.get_or_init(|| {
+            let mut logits = vec![f32::NAN; self.n_sampled * self.n_columns()];
+            // Of a device that failed they stay NaN, which the engine takes as a failed step.
+            let _ = self.scratch.logits.download(0, &mut logits);
+            logits
+        })
+    }
+
+    fn peaks(&mut self, columns: usize, out: &mut Vec<f32>) {
+        out.clear();
+        out.resize(self.n_sampled * n_peaks(columns), f32::NAN);
+        let Scratch { logits, peaks, .. } = &self.scratch;
+        let made = rows::peaks(logits, columns, peaks, self.n_sampled);
+        let _ = made.and_then(|()| peaks.download(0, out));
+    }
+
+    fn likeliest(&mut self, n_rows: usize, columns: usize, _: &mut Vec<f32>, out: &mut Vec<f32>) {
+        out.clear();
+        if columns == 0 {
+            out.extend((0..n_rows).flat_map(|_| [f32::NEG_INFINITY, 0.0]));
+            return;
+        }
+        out.resize(2 * n_rows, f32::NAN);
+        let Scratch { logits, best, .. } = &self.scratch;
+        let made = rows::likeliest(logits, columns, best, n_rows);
+        if made.and_then(|()| best.download(0, out)).is_err() {
+            out.iter_mut().skip(1).step_by(2).for_each(|index| *index = 0.0);
+        }
+    }
+}
+
+/// One step of one rank.
+struct Step<'a> {
+    rank: &'a Rank,
+    sizes: Sizes,
+    layout: Layout,
+    /// Blocks in the step's tables.
+    n_tables: usize,
+}
+
+impl Step<'_> {
+    /// All ops, meeting the other ranks.
+    fn run(
+        &self,
+        step: u64,
+        collective: &mut dyn Collective,
+        on_host: &mut [Vec<f32>; 2],
+    ) -> Result<(), Error> {
+        if collective.world_size() == 1 {
+            return Ok(self.run_alone()?);
+        }
+        let mut n_met = 0;
+        for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
+            match op {
+                Op::AllReduce { parts, plan, out } => {
+                    n_met += 1;
+                    let tag = Tag { step, op: n_met };
+                    let plan = &self.rank.weights.program.reduce_plans[plan.0];
+                    let [mine, sum] = &mut *on_host;
+                    mine.resize(self.len(*parts), 0.0);
+                    sum.resize(self.len(*out), 0.0);
+                    self.rank.buffers[parts.0].download(0, mine)?;
+                    collective.all_reduce(tag, plan, mine, sum)?;
+                    self.rank.buffers[out.0].upload(0, sum)?;
+                }
+                op => self.launch(index, op)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// All ops of a rank that has no others to meet.
+    fn run_alone(&self) -> Result<(), DeviceError> {
+        for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
+            match op {
+                Op::AllReduce { parts, out, .. } => {
+                    // The whole tree is one part.
+                    let (from, n) = (&self.rank.buffers[parts.0], self.len(*out));
+                    assert_eq!(self.len(*parts), n, "one rank owns every leaf");
+                    self.rank.buffers[out.0].copy(0, from, 0, n)?;
+                }
+                op => self.launch(index, op)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn launch(&self, index: usize, op: &Op) -> Result<(), DeviceError> {
+        let Rank { weights, buffers, scratch, prepared, .. } = self.rank;
+        let Sizes { n_tokens, n_samples, .. } = self.sizes;
+        let parts = || match &prepared[index] {
+            Prepared::Parts(parts) => parts,
+            Prepared::Nothing | Prepared::Heads(_) => unreachable!("prepared by its op"),
+        };
+        match op {
+            Op::Embed { table, out } => {
+                let first_row = weights.program.weights[table.0].rows.start;
+                let tokens = scratch.words.view(self.layout.tokens, n_tokens);
+                embed(weights.matrix(*table), first_row, tokens, &buffers[out.0])
+            }
+            Op::Norm { residual, delta, weight, eps, out } => {
+                let delta = delta.map(|delta| &buffers[delta.0]);
+                let weight = weights.vector(*weight);
+                let (residual, out) = (&buffers[residual.0], &buffers[out.0]);
+                rows::rms_norm(residual, delta, weight, *eps, out, n_tokens)
+            }
+            Op::Linear { input, projections } => {
+                let parts = parts();
+                let of = |one: &crate::model::program::Projection| Projection {
+                    weight: weights.matrix(one.weight),
+                    parts,
+                    out: &buffers[one.out.0],
+                };
+                let projections: Vec<Projection<'_>> = projections.iter().map(of).collect();
+                self.linear(*input, n_tokens, &projections)
+            }
+            Op::LinearParts { input, weight, out, .. } => {
+                let (weight, out) = (weights.matrix(*weight), &buffers[out.0]);
+                self.linear(*input, n_tokens, &[Projection { weight, parts: parts(), out }])
+            }
+            Op::RopeKv { q, k, v, layer, rope } => {
+                let head_dim = weights.program.head_dim;
+                let n_heads = weights.columns(*q) / head_dim;
+                let [q, k, v] = [q, k, v].map(|id| &buffers[id.0]);
+                let cache = &self.rank.caches[*layer];
+                attention::rope_kv(
+                    [q, k, v],
+                    n_heads,
+                    self.rows(),
+                    self.rank.angles.of(rope),
+                    cache,
+                )
+            }
+            Op::Attention { q, layer, scale, out, .. } => {
+                let Prepared::Heads(heads) = &prepared[index] else {
+                    unreachable!("prepared by its op")
+                };
+                let (q, out) = (&buffers[q.0], &buffers[out.0]);
+                self.attend(Queries { q, heads, scale: *scale, out }, *layer)
+            }
+            Op::SiluGate { gate, up, out } => {
+                let [gate, up] = [gate, up].map(|id| &buffers[id.0]);
+                rows::silu_gate(gate, up, &buffers[out.0], self.len(*out))
+            }
+            Op::Head { input, weight } => {
+                let (columns, weight) = (weights.columns(*input), weights.matrix(*weight));
+                let samples = scratch.words.view(self.layout.samples, n_samples);
+                rows::take_rows(&buffers[input.0], samples, &scratch.sampled, columns)?;
+                let out = &scratch.logits;
+                let projection = Projection { weight, parts: parts(), out };
+                let from = &scratch.sampled;
+                linear(from, columns, n_samples, &scratch.activations, &[projection])
+            }
+            Op::AllReduce { .. } => unreachable!("met by the caller"),
+        }
+    }
+
+    fn linear(
+        &self,
+        input: BufferId,
+        n_tokens: usize,
+        projections: &[linear::Projection<'_>],
+    ) -> Result<(), DeviceError> {
+        let columns = self.rank.weights.columns(input);
+        let activations = &self.rank.scratch.activations;
+        linear(&self.rank.buffers[input.0], columns, n_tokens, activations, projections)
+    }
+
+    fn attend(&self, queries: Queries<'_>, layer: usize) -> Result<(), DeviceError> {
+        let (words, cache) = (&self.rank.scratch.words, &self.rank.caches[layer]);
+        let Sizes { n_tokens, n_items, n_tiles, .. } = self.sizes;
+        if n_items > 0 {
+            let items = words.view(self.layout.items, WORDS * n_items);
+            let first_items = words.view(self.layout.first_items, n_tokens + 1);
+            let parts = self.rank.scratch.attended.as_ref().expect("there is attention");
+            attention::attend(queries, self.rows(), items, first_items, cache, parts)?;
+        }
+        if n_tiles > 0 {
+            let tiles = words.view(self.layout.tiles, WORDS * n_tiles);
+            attention::attend_tiles(queries, self.rows(), tiles, cache)?;
+        }
+        Ok(())
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        let (words, n) = (&self.rank.scratch.words, self.sizes.n_tokens);
+        Rows {
+            positions: words.view(self.layout.positions, n),
+            slots: words.view(self.layout.slots, n),
+            first_blocks: words.view(self.layout.first_blocks, n),
+            tables: words.view(self.layout.tables, self.n_tables),
+        }
+    }
+
+    /// Numbers of a buffer in this step.
+    fn len(&self, id: BufferId) -> usize {
+        let buffer = &self.rank.weights.program.buffers[id.0];
+        buffer.n_parts * self.sizes.n_tokens * buffer.columns
+    }
+}
+
+/// Cosines and sines of every position so far, on the device; made here, by libm's own functions,
+/// as the CPU makes them.
+struct Angles {
+    table: Buffer<f32>, // [position, cosines of the pairs then their sines]
+    /// Radians a position, by pair.
+    frequencies: Vec<f64>,
+    n_known: usize,
+    max_context: usize,
+}
+
+impl Angles {
+    fn new(device: &Device, program: &Program, max_context: usize) -> Result<Self, DeviceError> {
+        let rope = program.ops.iter().find_map(|op| match op {
+            Op::RopeKv { rope, .. } => Some(*rope),
+            _ => None,
+        });
+        let frequencies: Vec<f64> = rope.map_or(Vec::new(), |rope| {
+            let exponent = |pair: usize| -2.0 * pair as f64 / rope.dim as f64;
+            (0..rope.dim / 2).map(|i| libm::pow(f64::from(rope.theta), exponent(i))).collect()
+        });
+        let table = device.buffer(max_context * 2 * frequencies.len())?;
+        Ok(Self { table, frequencies, n_known: 0, max_context })
+    }
+
+    /// Makes what positions below `end` still lack, and some more.
+    fn extend(&mut self, end: usize) -> Result<(), DeviceError> {
+        if end <= self.n_known || self.frequencies.is_empty() {
+            return Ok(());
+        }
+        assert!(end <= self.max_context, "position {end} is beyond the context");
+        let end = end.next_multiple_of(ANGLE_STEP).min(self.max_context);
+        let mut new = Vec::with_capacity((end - self.n_known) * 2 * self.frequencies.len());
+        for position in self.n_known..end {
+            let angles = self.frequencies.iter().map(|frequency| position as f64 * frequency);
+            new.extend(angles.clone().map(|angle| libm::cos(angle) as f32));
+            new.extend(angles.map(|angle| libm::sin(angle) as f32));
+        }
+        self.table.upload(self.n_known * 2 * self.frequencies.len(), &new)?;
+        self.n_known = end;
+        Ok(())
+    }
+
+    fn of(&self, rope: &RopeOf) -> Rope<'_> {
+        Rope {
+            angles: &self.table,
+            n_pairs: self.frequencies.len(),
+            is_adjacent: rope.pairs == RopePairs::Adjacent,
+        }
+    }
+}
