@@ -108,8 +108,14 @@ fn cards(found: &Found) -> Vec<Line> {
         false => line("cublasLt", "not found: Evener's own kernels multiply many tokens, slower"),
     });
     lines.push(match found.nccl {
-        Some((major, minor, patch)) => line("nccl", format!("{major}.{minor}.{patch}")),
-        None => line("nccl", "not found: ranks on cards exchange sums through the host's memory"),
+        Some((major, minor, patch)) => {
+            line("nccl", format!("{major}.{minor}.{patch}: ranks on cards of their own sum by it"))
+        }
+        None => line(
+            "nccl",
+            "not found as libnccl.so: ranks on cards sum through the host's memory; a link of that \
+             name to libnccl.so.2, where the loader looks, would do",
+        ),
     });
     lines.push(line(
         "",

@@ -1,5 +1,6 @@
-//! The CUDA backend as a whole, on its emulation, or on a card (`make gpu-test`): tiny models in every format and with every kind of
-//! cache, against plain f32 tensors; steps replayed from graphs; ranks of unequal shares.
+//! The CUDA backend as a whole, on its emulation, or on a card (`make gpu-test`): tiny models in every
+//! format and with every kind of cache, against plain f32 tensors; steps replayed from graphs; ranks
+//! of unequal shares, which sum on their devices or through their hosts.
 //!
 //! The emulation shows that the kernels, their launches and their buffers compute the right thing. No
 //! card has run them yet.
@@ -8,12 +9,16 @@
 
 mod support;
 
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
 use candle_core::quantized::GgmlDType;
-use evener_worker::backend::{Kind, KvFormat};
+use evener_collective::{AbortHandle, Collective, Mesh, Options};
+use evener_worker::backend::{Backend, Kind, KvFormat, introduce};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::model::{families, shard};
 
-use support::group::{Group, cuda};
+use support::group::{Group, Meet, cuda, first_step};
 use support::tiny_model::TinyModel;
 
 /// Of the largest logit. The reference keeps f32; the cache keeps 11 bits, so do queries and weights
@@ -129,8 +134,8 @@ fn a_processor_and_a_card_make_a_group() {
     let split = shard::split(&checkpoint.config, shares).unwrap();
     let program = |rank| families::compile(&checkpoint.config, &split, rank);
     for kinds in [[Kind::Cpu, cuda()], [cuda(), Kind::Cpu]] {
-        let group = group(Kind::Cpu, shares);
-        let got = group.run_mixed(&kinds, &checkpoint, &program, vocab, &sequences);
+        let (group, meet) = (group(Kind::Cpu, shares), Meet::OnDevices);
+        let got = group.run_mixed(&kinds, meet, &checkpoint, &program, vocab, &sequences);
         compare(&want, &got, MIXED_TOLERANCE, &format!("{kinds:?}"));
     }
 }
@@ -141,4 +146,92 @@ fn steps_replayed_from_graphs_agree_with_plain_tensors() {
     // replayed with other tokens, positions and blocks. The third sequence ends early, so that the
     // bucket changes under way.
     check(&TinyModel::default(), &[1], KvFormat::F16, 1, &[24, 24, 7], TOLERANCE);
+}
+
+#[test]
+fn ranks_that_sum_on_their_devices_agree_with_plain_tensors() {
+    let (checkpoint, tokens) = (checkpoint(&TinyModel::default()), sequences(&[20, 17]));
+    let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+    let vocab = checkpoint.config.vocab;
+    let group =
+        |kind, shares, chunk| Group { kind, shares, threads: 1, chunk, kv_format: KvFormat::F16 };
+    let want = group(Kind::Reference, &[1][..], 20).logits(&checkpoint, &sequences);
+    // By single tokens, whose steps are replayed from graphs, sums and all; and by prompts. A rank
+    // of the last has no part of attention: it adds zeros.
+    for (shares, chunk) in [(&[1, 1][..], 1), (&[3, 1, 2], 17), (&[9, 9, 1], 17)] {
+        let split = shard::split(&checkpoint.config, shares).unwrap();
+        let program = |rank| families::compile(&checkpoint.config, &split, rank);
+        let (group, kinds) = (group(cuda(), shares, chunk), vec![cuda(); shares.len()]);
+        let got =
+            group.run_mixed(&kinds, Meet::OnDevices, &checkpoint, &program, vocab, &sequences);
+        compare(&want, &got, TOLERANCE, &format!("{shares:?}, chunk {chunk}"));
+    }
+}
+
+/// How a step of rank 0 ends when rank 1 does `instead` of it, which hears of that end. Then the two
+/// do the step in another epoch.
+fn step_ended_by(timeout: Duration, instead: fn(Mesh, &AbortHandle, &Receiver<()>)) -> String {
+    let (checkpoint, tokens) = (checkpoint(&TinyModel::default()), sequences(&[3]));
+    let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+    let (shares, kv_format) = (&[1, 1], KvFormat::F16);
+    let group = Group { kind: cuda(), shares, threads: 1, chunk: 3, kv_format };
+    let split = shard::split(&checkpoint.config, shares).unwrap();
+    let [mut one, mut other] = [0, 1].map(|rank| {
+        let program = families::compile(&checkpoint.config, &split, rank);
+        group.load(cuda(), &checkpoint, program, &sequences)
+    });
+    let step = first_step(&sequences, 3);
+    let meshes = || -> [Mesh; 2] {
+        let meshes = Mesh::local(2, 1, &Options::default()).unwrap();
+        meshes.try_into().ok().unwrap()
+    };
+    let introduced = |backend: &mut dyn Backend, mut mesh: Mesh| {
+        introduce(backend, false, 0, &mut mesh).unwrap();
+        mesh
+    };
+    let ([mine, theirs], (ended, hears)) = (meshes(), channel());
+    let said = std::thread::scope(|scope| {
+        let (abort, other) = (mine.abort_handle(), other.as_mut());
+        scope.spawn(move || instead(introduced(other, theirs), &abort, &hears));
+        let mut mesh = introduced(one.as_mut(), mine);
+        mesh.set_step_timeout(timeout);
+        let error = one.run(&step, &mut mesh).unwrap_err();
+        ended.send(()).unwrap_or(()); // it may have gone by itself
+        error.to_string()
+    });
+    let [mine, theirs] = meshes();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut mesh = introduced(other.as_mut(), theirs);
+            other.run(&step, &mut mesh).unwrap();
+        });
+        let mut mesh = introduced(one.as_mut(), mine);
+        one.run(&step, &mut mesh).unwrap();
+        assert!(one.logits().iter().all(|logit| logit.is_finite()));
+    });
+    said
+}
+
+#[test]
+fn a_step_ends_when_another_rank_stalls() {
+    let said = step_ended_by(Duration::from_millis(50), |mesh, _, ended| {
+        ended.recv().unwrap();
+        drop(mesh);
+    });
+    assert!(said.contains("waited") && said.contains("ranks [1]"), "{said}");
+}
+
+#[test]
+fn a_step_ends_when_another_rank_is_lost() {
+    let said = step_ended_by(Duration::from_secs(300), |mesh, _, _| drop(mesh));
+    assert!(said.contains("rank 1 is lost"), "{said}");
+}
+
+#[test]
+fn a_step_ends_when_the_group_is_aborted() {
+    let said = step_ended_by(Duration::from_secs(300), |_mesh, abort, ended| {
+        abort.abort("enough");
+        ended.recv().unwrap();
+    });
+    assert!(said.contains("enough"), "{said}");
 }

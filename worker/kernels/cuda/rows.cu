@@ -35,6 +35,16 @@ silu_gate(const float* gate, const float* up, float* out, u32 n) {
     out[i] = x / (1.0f + exponential(-x)) * up[i];
 }
 
+// out = the parts' sum, in order; zeros where there is none. `parts`: [n_parts][n].
+KERNEL(ROW_THREADS)
+add_parts(const float* parts, float* out, u32 n, u32 n_parts) {
+    const u32 i = blockIdx.x * ROW_THREADS + threadIdx.x;
+    if (i >= n) return;
+    float sum = 0.0f;
+    for (u32 part = 0; part < n_parts; part++) sum += parts[(u64)part * n + i];
+    out[i] = sum;
+}
+
 // out[i] = in[rows[i]]. A block a row.
 KERNEL(ROW_THREADS)
 take_rows(const float* in, const u32* rows, float* out, u32 columns) {

@@ -6,7 +6,7 @@
 
 use std::ops::ControlFlow;
 
-use evener_collective::Collective;
+use evener_collective::{Collective, Tag};
 use evener_kernels::Isa;
 use evener_kernels::peaks::{best, n_peaks, peaks_of};
 
@@ -126,6 +126,26 @@ pub trait Backend: Send {
     /// A failed collective, or a device that failed. The epoch is over after either.
     fn run(&mut self, batch: &Batch, collective: &mut dyn Collective) -> Result<(), Error>;
 
+    /// What this rank's device tells the others' before an epoch's first step, so that they may sum
+    /// without their hosts; empty: it cannot. The lead's names the group.
+    fn introduction(&self, _is_lead: bool) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Hears the introductions of all ranks, the same on each. What they make of it lasts until they
+    /// are heard again. It may meet the others in ops of step 0 from `first_op` on.
+    ///
+    /// # Errors
+    /// A failed collective.
+    fn hear(
+        &mut self,
+        _introductions: &[Vec<u8>],
+        _first_op: u32,
+        _collective: &mut dyn Collective,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Gives one KV block the keys and values of another, in all layers.
     fn copy_block(&mut self, from: u32, to: u32);
 
@@ -166,6 +186,25 @@ pub trait Backend: Send {
             out.extend([logit, f32::from_bits(index as u32)]);
         }
     }
+}
+
+/// Introduces the ranks' devices to each other, before an epoch's first step: ops of step 0 from
+/// `first_op` on. All ranks do it; one that does not want its sums to leave the collective says
+/// nothing.
+///
+/// # Errors
+/// A failed collective.
+pub fn introduce(
+    backend: &mut dyn Backend,
+    says_nothing: bool,
+    first_op: u32,
+    collective: &mut dyn Collective,
+) -> Result<(), Error> {
+    let is_lead = collective.rank() == 0;
+    let mine = if says_nothing { Vec::new() } else { backend.introduction(is_lead) };
+    let mut all = Vec::new();
+    collective.all_gather(Tag { step: 0, op: first_op }, &mine, &mut all)?;
+    backend.hear(&all, first_op + 1, collective)
 }
 
 /// Hears of bytes done and bytes in total while weights load; may stop it.

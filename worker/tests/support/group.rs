@@ -4,10 +4,12 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use evener_collective::{Collective, Mesh};
+use evener_collective::{Collective, Kind as OpKind, Mesh, Record};
 use evener_kernels::Isa;
 use evener_kernels::peaks::{best, n_peaks, peaks_of};
-use evener_worker::backend::{self, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Place, Span};
+use evener_worker::backend::{
+    self, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Place, Span, introduce,
+};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::program::Program;
 use evener_worker::model::{families, shard};
@@ -18,6 +20,14 @@ pub fn cuda() -> Kind {
     let card = std::env::var("EVENER_TEST_CARD").ok();
     let number = |text: String| text.parse().expect("EVENER_TEST_CARD is a card's number");
     Kind::Cuda(card.map_or(Place::Emulator, |text| Place::Card(number(text))))
+}
+
+/// How ranks sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meet {
+    OverHosts,
+    /// Where their devices can.
+    OnDevices,
 }
 
 /// How a model is run.
@@ -57,13 +67,15 @@ impl Group<'_> {
         vocab: usize,
         sequences: &[&[u32]],
     ) -> Vec<Vec<f32>> {
-        self.run_mixed(&vec![self.kind; self.shares.len()], checkpoint, program, vocab, sequences)
+        let kinds = vec![self.kind; self.shares.len()];
+        self.run_mixed(&kinds, Meet::OverHosts, checkpoint, program, vocab, sequences)
     }
 
     /// The same with a backend of its own for each rank, whatever `kind` says.
     pub fn run_mixed(
         &self,
         kinds: &[Kind],
+        meet: Meet,
         checkpoint: &Checkpoint,
         program: &(dyn Fn(usize) -> Program + Sync),
         vocab: usize,
@@ -80,8 +92,16 @@ impl Group<'_> {
                     scope.spawn(move || {
                         let mut backend =
                             self.load(kinds[rank], checkpoint, program(rank), sequences);
-                        mesh.barrier(evener_collective::Tag { step: 0, op: 0 }).unwrap();
-                        run_steps(backend.as_mut(), &mut mesh, sequences, steps)
+                        let says_nothing = meet == Meet::OverHosts;
+                        introduce(backend.as_mut(), says_nothing, 0, &mut mesh).unwrap();
+                        let logits = run_steps(backend.as_mut(), &mut mesh, sequences, steps);
+                        let is_emulated = |kind| kind == &Kind::Cuda(Place::Emulator);
+                        if meet == Meet::OnDevices && kinds.iter().all(is_emulated) {
+                            let history = mesh.history();
+                            let is_sum = |op: &Record| op.kind == OpKind::AllReduce;
+                            assert!(!history.iter().any(is_sum), "a sum through the host");
+                        }
+                        logits
                     })
                 })
                 .collect();
@@ -106,7 +126,8 @@ impl Group<'_> {
         logits
     }
 
-    fn load(
+    /// One rank's backend, before its first step.
+    pub fn load(
         &self,
         kind: Kind,
         checkpoint: &Checkpoint,
@@ -137,6 +158,11 @@ fn collective_options() -> evener_collective::Options {
     // Loading and slow machines come before the first operation; a stuck rank still ends the test.
     let patience = Duration::from_secs(300);
     evener_collective::Options { step_timeout: patience, spin: false, ..Default::default() }
+}
+
+/// The first step of these sequences.
+pub fn first_step(sequences: &[&[u32]], chunk: usize) -> Batch {
+    batch(1, sequences, &steps(sequences, chunk)[0])
 }
 
 fn longest(sequences: &[&[u32]]) -> usize {

@@ -11,9 +11,10 @@ use cudarc::driver::sys;
 use super::compiler::{self, Arch};
 use super::cublas::Cublas;
 use super::device::{Driver, Gemm, Recorded};
+use super::group::{Id, Introduction, Member};
 use super::launch::{Arguments, Geometry, Kernel};
 use super::source::Shape;
-use super::{Error, kernels, probe};
+use super::{Error, kernels, nccl, probe};
 
 /// The oldest compute capability whose tensor cores multiply bf16.
 const OLDEST: Arch = Arch { major: 8, minor: 0 };
@@ -223,6 +224,33 @@ impl Driver for Card {
         self.bind()?;
         // SAFETY: the stream lives as long as the card.
         unsafe { result::stream::synchronize(self.0.stream) }.map_err(failed("cuStreamSynchronize"))
+    }
+
+    fn is_idle(&self) -> Result<bool, Error> {
+        self.bind()?;
+        // SAFETY: as above.
+        match unsafe { sys::cuStreamQuery(self.0.stream) } {
+            sys::cudaError_enum::CUDA_ERROR_NOT_READY => Ok(false),
+            answer => answer.result().map(|()| true).map_err(failed("cuStreamQuery")),
+        }
+    }
+
+    fn introduction(&self) -> Result<Option<Introduction>, Error> {
+        let Some(version) = nccl::version() else { return Ok(None) };
+        let uuid = result::device::get_uuid(self.0.device).map_err(failed("cuDeviceGetUuid"))?;
+        Ok(Some(Introduction { version, card: uuid.bytes.map(|c| c as u8) }))
+    }
+
+    fn name_group(&self) -> Result<Id, Error> {
+        self.bind()?;
+        nccl::version().ok_or(Error::NoNccl).and_then(|_| nccl::new_id())
+    }
+
+    fn join(&self, id: &Id, rank: usize, world_size: usize) -> Result<Box<dyn Member>, Error> {
+        nccl::version().ok_or(Error::NoNccl)?;
+        self.bind()?;
+        // SAFETY: the stream lives as long as the card, of which the group has a handle.
+        Ok(Box::new(unsafe { nccl::Nccl::join(id, rank, world_size, self.0.stream) }?))
     }
 }
 

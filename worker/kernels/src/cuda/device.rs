@@ -8,6 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::group::{Group, Id, Introduction, Member};
 use super::launch::{Arguments, Geometry, Kernel};
 use super::memory::{Buffer, Number};
 use super::source::Shape;
@@ -56,6 +57,12 @@ pub(super) trait Driver: Send + Sync {
     fn begin_capture(&self) -> Result<(), Error>;
     fn end_capture(&self) -> Result<Box<dyn Recorded>, Error>;
     fn synchronise(&self) -> Result<(), Error>;
+    /// Whether all that was asked is done.
+    fn is_idle(&self) -> Result<bool, Error>;
+    /// None where there is nothing that sums among devices.
+    fn introduction(&self) -> Result<Option<Introduction>, Error>;
+    fn name_group(&self) -> Result<Id, Error>;
+    fn join(&self, id: &Id, rank: usize, world_size: usize) -> Result<Box<dyn Member>, Error>;
 }
 
 /// What was asked of a device between two moments, to be done again.
@@ -129,7 +136,7 @@ impl Device {
     ///
     /// # Errors
     /// The work's, or the device cannot record.
-    pub fn record(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
+    pub fn record<E: From<Error>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         self.0.begin_capture()?;
         let worked = work();
         let recorded = self.0.end_capture();
@@ -151,6 +158,30 @@ impl Device {
     /// The device failed, now or earlier.
     pub fn synchronise(&self) -> Result<(), Error> {
         self.0.synchronise()
+    }
+
+    /// What others must know of this device to sum with it; none if it cannot.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn introduction(&self) -> Result<Option<Introduction>, Error> {
+        self.0.introduction()
+    }
+
+    /// A name for a group of devices, for its members to [`Self::join`].
+    ///
+    /// # Errors
+    /// There is no library, or it failed.
+    pub fn name_group(&self) -> Result<Id, Error> {
+        self.0.name_group()
+    }
+
+    /// Begins to join a group, as its `rank` of `world_size`.
+    ///
+    /// # Errors
+    /// There is no library, or it failed.
+    pub fn join(&self, id: &Id, rank: usize, world_size: usize) -> Result<Group, Error> {
+        Ok(Group::new(self.clone(), self.0.join(id, rank, world_size)?))
     }
 
     pub(super) fn driver(&self) -> &dyn Driver {

@@ -6,15 +6,18 @@
 //! arguments, so that what a graph may not change cannot change here either.
 
 use std::alloc::Layout;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 
 use super::device::{Driver, Gemm, Recorded};
+use super::emulated_group::{self, Seat};
+use super::group::{Id, Introduction, Member};
 use super::launch::{Arguments, Geometry, Kernel};
 use super::source::{Shape, for_emulator};
 use super::{Error, kernels};
@@ -24,10 +27,15 @@ const GUARD: usize = 256;
 /// Floats of it are NaN.
 const POISON: u8 = 0xff;
 
+/// Emulated devices of this process so far.
+static N_OPENED: AtomicU64 = AtomicU64::new(0);
+
 #[derive(Clone)]
 pub(super) struct Emulator(Arc<Inner>);
 
 struct Inner {
+    /// In the world.
+    number: u64,
     functions: HashMap<&'static str, Function>,
     state: Mutex<State>,
 }
@@ -38,6 +46,8 @@ struct State {
     allocations: BTreeMap<u64, usize>,
     /// While recording.
     recording: Option<Vec<Task>>,
+    /// Behind a sum whose other members have not come to it yet; else empty.
+    queue: VecDeque<Task>,
     n_launches: u32,
 }
 
@@ -60,6 +70,7 @@ enum Task {
     Launch(Kernel, Geometry, Box<Arguments>),
     Copy { to: u64, from: u64, bytes: usize },
     Gemm(Gemm),
+    AllReduce { seat: Arc<Seat>, address: u64, n: usize },
 }
 
 struct Recording(Emulator, Vec<Task>);
@@ -87,19 +98,39 @@ impl Emulator {
             let function = unsafe { std::mem::transmute::<*mut c_void, Function>(symbol) };
             functions.insert(kernel.name, function);
         }
-        Ok(Self(Arc::new(Inner { functions, state: Mutex::default() })))
+        let number = N_OPENED.fetch_add(1, Ordering::Relaxed);
+        Ok(Self(Arc::new(Inner { number, functions, state: Mutex::default() })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does it now, or notes it while recording.
+    /// Does it now or when its turn comes, or notes it while recording.
     fn take(&self, task: Task) {
         let mut state = self.state();
         match &mut state.recording {
             Some(tasks) => tasks.push(task),
-            None => self.run(&mut state, task),
+            None => {
+                state.queue.push_back(task);
+                self.go_on(&mut state);
+            }
+        }
+    }
+
+    /// As far as other devices let it.
+    fn go_on(&self, state: &mut State) {
+        while let Some(task) = state.queue.pop_front() {
+            if let Task::AllReduce { seat, address, n } = &task {
+                state.find(*address, 4 * n);
+                // SAFETY: within an allocation, as just found; the state is locked.
+                let numbers = unsafe { std::slice::from_raw_parts_mut(*address as *mut f32, *n) };
+                if !seat.sum(numbers) {
+                    return state.queue.push_front(task);
+                }
+            } else {
+                self.run(state, task);
+            }
         }
     }
 
@@ -133,6 +164,7 @@ impl Emulator {
                 unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
             }
             Task::Gemm(gemm) => state.multiply(&gemm),
+            Task::AllReduce { .. } => unreachable!("`go_on` does it"),
         }
     }
 }
@@ -220,6 +252,7 @@ impl Driver for Emulator {
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error> {
         let state = self.state();
         assert!(state.recording.is_none(), "nothing is uploaded while recording");
+        assert!(state.queue.is_empty(), "whoever queues sums waits before it uploads");
         state.find(to, bytes.len());
         // SAFETY: within an allocation, as just found, which is no memory of the caller's slice.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
@@ -229,6 +262,7 @@ impl Driver for Emulator {
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let state = self.state();
         assert!(state.recording.is_none(), "nothing is downloaded while recording");
+        assert!(state.queue.is_empty(), "whoever queues sums waits before it downloads");
         state.find(from, bytes.len());
         // SAFETY: as in `upload`.
         unsafe {
@@ -273,7 +307,51 @@ impl Driver for Emulator {
     }
 
     fn synchronise(&self) -> Result<(), Error> {
+        assert!(self.is_idle()?, "whoever queues sums waits for them with a clock");
         Ok(())
+    }
+
+    fn is_idle(&self) -> Result<bool, Error> {
+        let mut state = self.state();
+        self.go_on(&mut state);
+        Ok(state.queue.is_empty())
+    }
+
+    fn introduction(&self) -> Result<Option<Introduction>, Error> {
+        let mut card = [0; 16];
+        card[..8].copy_from_slice(&self.0.number.to_ne_bytes());
+        Ok(Some(Introduction { version: 1, card }))
+    }
+
+    fn name_group(&self) -> Result<Id, Error> {
+        Ok(emulated_group::new_id())
+    }
+
+    fn join(&self, id: &Id, rank: usize, world_size: usize) -> Result<Box<dyn Member>, Error> {
+        let seat = Arc::new(Seat::take(id, rank, world_size));
+        Ok(Box::new(Membership { emulator: self.clone(), seat }))
+    }
+}
+
+struct Membership {
+    emulator: Emulator,
+    seat: Arc<Seat>,
+}
+
+impl Member for Membership {
+    fn is_ready(&self) -> Result<bool, Error> {
+        Ok(self.seat.is_complete())
+    }
+
+    unsafe fn all_reduce(&self, address: u64, n: usize) -> Result<(), Error> {
+        assert!(self.seat.is_complete(), "a sum before all have joined");
+        self.emulator.take(Task::AllReduce { seat: self.seat.clone(), address, n });
+        Ok(())
+    }
+
+    fn leave(&self) {
+        self.seat.leave();
+        self.emulator.go_on(&mut self.emulator.state());
     }
 }
 

@@ -24,6 +24,10 @@ pub enum Error {
     Compile { arch: String, log: String },
     #[error("{bytes} bytes of device memory are not to be had: {detail}")]
     Memory { bytes: usize, detail: String },
+    #[error(
+        "NCCL is not found (as libnccl.so; a link to libnccl.so.2 where the loader looks does)"
+    )]
+    NoNccl,
     #[error("{what} failed: {detail}")]
     Driver { what: &'static str, detail: String },
 }

@@ -18,6 +18,7 @@ const ROPE_THREADS: u32 = 128;
 
 pub(super) const RMS_NORM: Kernel = kernel("rms_norm", ROW_THREADS as u32);
 pub(super) const SILU_GATE: Kernel = kernel("silu_gate", ROW_THREADS as u32);
+pub(super) const ADD_PARTS: Kernel = kernel("add_parts", ROW_THREADS as u32);
 pub(super) const TAKE_ROWS: Kernel = kernel("take_rows", ROW_THREADS as u32);
 pub(super) const LIKELIEST: Kernel = kernel("likeliest", ROW_THREADS as u32);
 pub(super) const PEAKS: Kernel = kernel("peaks", 32);
@@ -84,6 +85,7 @@ pub(super) fn all(shape: Shape) -> Vec<Kernel> {
     let mut all = vec![
         RMS_NORM,
         SILU_GATE,
+        ADD_PARTS,
         TAKE_ROWS,
         LIKELIEST,
         PEAKS,

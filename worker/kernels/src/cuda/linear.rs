@@ -319,12 +319,7 @@ fn dense_table(
     tokens: View<'_, u32>,
     out: &Buffer<f32>,
 ) -> Arguments {
-    arguments
-        .view(tokens)
-        .memory(out)
-        .number(first_row)
-        .number(table.rows)
-        .number(table.columns)
+    arguments.view(tokens).memory(out).number(first_row).number(table.rows).number(table.columns)
 }
 
 #[cfg(test)]

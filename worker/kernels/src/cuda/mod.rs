@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod compiler;
+pub mod group;
 pub mod linear;
 pub mod matrix;
 pub mod probe;
@@ -15,11 +16,13 @@ pub mod source;
 mod card;
 mod cublas;
 mod device;
+mod emulated_group;
 mod emulator;
 mod error;
 mod kernels;
 mod launch;
 mod memory;
+mod nccl;
 
 pub use device::{Device, Graph, Place};
 pub use error::Error;

@@ -3,7 +3,7 @@
 
 use cudarc::driver::{result, sys};
 
-use super::compiler;
+use super::{compiler, nccl};
 
 pub use super::Error;
 pub use super::compiler::Arch;
@@ -20,7 +20,7 @@ pub struct Found {
     /// cublasLt, for large products of bf16.
     pub has_cublas: bool,
     /// NCCL, for groups over cards.
-    pub nccl: Option<(i32, i32, i32)>,
+    pub nccl: Option<(u32, u32, u32)>,
 }
 
 /// One card.
@@ -35,21 +35,15 @@ pub struct Card {
 /// Looks.
 #[must_use]
 pub fn look() -> Found {
-    // SAFETY: both open a library and run nothing of it but its initialisation.
-    let (has_cublas, has_nccl) = unsafe {
-        (cudarc::cublaslt::sys::is_culib_present(), cudarc::nccl::sys::is_culib_present())
-    };
-    let nccl = match has_nccl {
-        true => cudarc::nccl::result::get_nccl_version().ok(),
-        false => None,
-    };
+    // SAFETY: opens a library and runs nothing of it but its initialisation.
+    let has_cublas = unsafe { cudarc::cublaslt::sys::is_culib_present() };
     Found {
         cards: n_cards().and_then(|n| (0..n).map(card).collect()),
         driver: driver_version(),
         compiler: compiler::version(),
         has_cublas,
         // Since 2.9 the number is major * 10000 + minor * 100 + patch.
-        nccl: nccl.map(|n| (n / 10_000, n / 100 % 100, n % 100)),
+        nccl: nccl::version().map(|n| (n / 10_000, n / 100 % 100, n % 100)),
     }
 }
 

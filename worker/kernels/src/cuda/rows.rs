@@ -56,6 +56,26 @@ pub fn silu_gate(
     unsafe { launch(out.device(), kernels::SILU_GATE, geometry, arguments) }
 }
 
+/// `out` = the sum of `parts`, `[n_parts, n]`, in order; zeros if there are none.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If there are not so many numbers.
+pub fn add_parts(
+    parts: &Buffer<f32>,
+    n_parts: usize,
+    out: &Buffer<f32>,
+    n: usize,
+) -> Result<(), Error> {
+    assert!(parts.len() >= n_parts * n && out.len() >= n);
+    let arguments = Arguments::new().memory(parts).memory(out).number(n).number(n_parts);
+    let geometry = Geometry::new(n.div_ceil(kernels::ROW_THREADS), 1, 1);
+    // SAFETY: the kernel stops at n, within the lengths asserted.
+    unsafe { launch(out.device(), kernels::ADD_PARTS, geometry, arguments) }
+}
+
 /// `out[i] = input[rows[i]]`, rows of `columns`.
 ///
 /// # Errors

@@ -7,6 +7,7 @@
 mod graphs;
 mod plan;
 mod rank;
+mod sums;
 mod weights;
 
 use std::path::PathBuf;

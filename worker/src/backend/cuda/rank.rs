@@ -2,18 +2,21 @@
 //!
 //! Everything a step's kernels are told lies in device memory at places that depend on the step's
 //! sizes alone. So a decode step is padded to its bucket and runs as one graph, recorded when its
-//! sizes come a second time; a step that meets other ranks, or brings a prompt, is launched op by op.
+//! sizes come a second time; a step that meets other ranks through the host, or brings a prompt, is
+//! launched op by op.
 
 use std::cell::OnceCell;
 
 use evener_collective::{Collective, Tag};
 use evener_kernels::cuda::attention::{self, Heads, KvCache, Queries, Rope, Rows, WORDS};
+use evener_kernels::cuda::group::Group;
 use evener_kernels::cuda::linear::{self, Activations, Parts, Projection, embed, linear};
 use evener_kernels::cuda::{Buffer, Device, Error as DeviceError, Graph, Shape, rows};
 use evener_kernels::peaks::n_peaks;
 
 use super::graphs::{Choice, Graphs};
 use super::plan::{Bounds, Layout, Plan, Sizes};
+use super::sums::{self, Sums};
 use super::weights::Weights;
 use crate::backend::{Backend, Batch, Error, KV_BLOCK_LEN, KvFormat, Options};
 use crate::model::config::{Rope as RopeOf, RopePairs};
@@ -28,6 +31,8 @@ const ANGLE_STEP: usize = 1024;
 
 /// A rank at work.
 pub(super) struct Rank {
+    /// Where this rank's device sums with the others' of the epoch. Dropped first: it frees the queue.
+    group: Option<Group>,
     device: Device,
     weights: Weights,
     bounds: Bounds,
@@ -151,6 +156,7 @@ impl Rank {
         };
         let angles = Angles::new(&device, program, options.max_context)?;
         Ok(Self {
+            group: None,
             bounds,
             buffers,
             caches,
@@ -192,30 +198,95 @@ fn prepare(device: &Device, program: &Program, op: &Op) -> Result<Prepared, Devi
     })
 }
 
+impl Rank {
+    /// A step that asks nothing of the host, by its graph if there is one.
+    fn run_on_devices(
+        &mut self,
+        sizes: Sizes,
+        layout: Layout,
+        n_tables: usize,
+        pads: bool,
+        mut sums: Option<&mut Sums<'_>>,
+    ) -> Result<(), Error> {
+        let choice = if pads { self.graphs.choose(sizes) } else { Choice::Run };
+        let step = Step { rank: self, sizes, layout, n_tables };
+        match choice {
+            Choice::Run => step.run(false, sums.as_deref_mut())?,
+            Choice::Record => {
+                let graph = self.device.record(|| step.run(true, sums.as_deref_mut()))?;
+                self.graphs.keep(sizes, graph);
+            }
+            Choice::Replay => {}
+        }
+        if let (true, Some(graph)) = (pads, self.graphs.get(sizes)) {
+            self.device.replay(graph)?;
+        }
+        match sums {
+            Some(sums) => sums.wait(),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Backend for Rank {
     fn run(&mut self, batch: &Batch, collective: &mut dyn Collective) -> Result<(), Error> {
         let end = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
         self.angles.extend(end)?;
         self.logits.take();
         self.n_sampled = batch.sample_rows.len();
-        // What other ranks do cannot be recorded.
-        let pads = collective.world_size() == 1 && Plan::is_bucketed(batch, &self.bounds);
+        // What goes through the host cannot be recorded.
+        let is_on_devices = collective.world_size() == 1 || self.group.is_some();
+        let pads = is_on_devices && Plan::is_bucketed(batch, &self.bounds);
         let (sizes, layout) = self.plan.make(batch, &self.bounds, pads);
         self.scratch.words.upload(0, &self.plan.words)?;
-        let choice = if pads { self.graphs.choose(sizes) } else { Choice::Run };
-        if choice == Choice::Record {
-            let step = Step { rank: self, sizes, layout, n_tables: batch.block_tables.len() };
-            let graph = self.device.record(|| step.run_alone())?;
-            self.graphs.keep(sizes, graph);
-        }
-        if let (true, Some(graph)) = (pads, self.graphs.get(sizes)) {
-            return Ok(self.device.replay(graph)?);
+        let n_tables = batch.block_tables.len();
+        if is_on_devices {
+            let group = self.group.take();
+            let mut sums = group.as_ref().map(|group| Sums::new(group, batch.step, collective));
+            let ran = self.run_on_devices(sizes, layout, n_tables, pads, sums.as_mut());
+            // A group that did not get through a step is left.
+            self.group = group.filter(|_| ran.is_ok());
+            return ran;
         }
         let mut on_host = std::mem::take(&mut self.on_host);
-        let step = Step { rank: self, sizes, layout, n_tables: batch.block_tables.len() };
-        let ran = step.run(batch.step, collective, &mut on_host);
+        let step = Step { rank: self, sizes, layout, n_tables };
+        let ran = step.run_over_hosts(batch.step, collective, &mut on_host);
         self.on_host = on_host;
         ran
+    }
+
+    fn introduction(&self, is_lead: bool) -> Vec<u8> {
+        let said = self.device.introduction().and_then(|about| {
+            let Some(about) = about else { return Ok(Vec::new()) };
+            let id = if is_lead { Some(self.device.name_group()?) } else { None };
+            Ok(sums::introduction(about, self.bounds.max_tokens, id))
+        });
+        said.unwrap_or_else(|error| {
+            tracing::warn!(%error, "sums go through the host");
+            Vec::new()
+        })
+    }
+
+    fn hear(
+        &mut self,
+        introductions: &[Vec<u8>],
+        first_op: u32,
+        collective: &mut dyn Collective,
+    ) -> Result<(), Error> {
+        // Recorded steps name the group of their epoch.
+        self.graphs = Graphs::default();
+        self.group = None;
+        let Some(id) = sums::common(introductions) else { return Ok(()) };
+        let tag = Tag { step: 0, op: first_op };
+        let joined = sums::join(&self.device, &id, tag, collective)?;
+        let mut all = Vec::new();
+        collective.all_gather(tag, &[u8::from(joined.is_ok())], &mut all)?;
+        match joined {
+            Ok(group) if all.iter().all(|one| one == &[1]) => self.group = Some(group),
+            Ok(_) => tracing::warn!("another rank's device cannot join; sums go through the host"),
+            Err(error) => tracing::warn!(%error, "sums go through the host"),
+        }
+        Ok(())
     }
 
     fn copy_block(&mut self, from: u32, to: u32) {
@@ -267,16 +338,13 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// All ops, meeting the other ranks.
-    fn run(
+    /// All ops, meeting the other ranks through the host's memory.
+    fn run_over_hosts(
         &self,
         step: u64,
         collective: &mut dyn Collective,
         on_host: &mut [Vec<f32>; 2],
     ) -> Result<(), Error> {
-        if collective.world_size() == 1 {
-            return Ok(self.run_alone()?);
-        }
         let mut n_met = 0;
         for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
             match op {
@@ -297,17 +365,24 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// All ops of a rank that has no others to meet.
-    fn run_alone(&self) -> Result<(), DeviceError> {
+    /// All ops, on the device: of a rank that has no others to meet, or whose device meets theirs.
+    fn run(&self, records: bool, mut sums: Option<&mut Sums<'_>>) -> Result<(), Error> {
         for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
-            match op {
-                Op::AllReduce { parts, out, .. } => {
-                    // The whole tree is one part.
-                    let (from, n) = (&self.rank.buffers[parts.0], self.len(*out));
-                    assert_eq!(self.len(*parts), n, "one rank owns every leaf");
-                    self.rank.buffers[out.0].copy(0, from, 0, n)?;
-                }
-                op => self.launch(index, op)?,
+            let Op::AllReduce { parts, out, .. } = op else {
+                self.launch(index, op)?;
+                continue;
+            };
+            let [from, to] = [parts, out].map(|id| &self.rank.buffers[id.0]);
+            let n = self.len(*out);
+            let Some(sums) = &mut sums else {
+                assert_eq!(self.len(*parts), n, "one rank owns every leaf, in one part");
+                to.copy(0, from, 0, n)?;
+                continue;
+            };
+            rows::add_parts(from, self.rank.weights.program.buffers[parts.0].n_parts, to, n)?;
+            sums.all_reduce(to, n)?;
+            if !records {
+                sums.pace()?;
             }
         }
         Ok(())
