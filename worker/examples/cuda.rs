@@ -252,7 +252,32 @@ fn measure(place: Place, model: &str, sizes: &Sizes, ceilings: &Ceilings) -> Res
             100.0 * rate / ceilings.flops_per_second
         );
     }
+    for batch in
+        [batch([(sizes.context - 1, 1)].into_iter()), batch([(0, sizes.prompts[0])].into_iter())]
+    {
+        print_ops(backend.time_ops(&batch)?, batch.tokens.len());
+    }
     Ok(())
+}
+
+/// Where a step's time goes: ops that make the same, added up over the layers.
+fn print_ops(times: Vec<(String, Duration)>, n_tokens: usize) {
+    let mut by_label: Vec<(String, u32, Duration)> = Vec::new();
+    for (label, time) in times {
+        match by_label.iter_mut().find(|(of, ..)| *of == label) {
+            Some((_, n, sum)) => {
+                *n += 1;
+                *sum += time;
+            }
+            None => by_label.push((label, 1, time)),
+        }
+    }
+    let total: Duration = by_label.iter().map(|(_, _, sum)| *sum).sum();
+    println!("ops of {n_tokens} tokens, one by one          n     us   of all");
+    for (label, n, sum) in by_label {
+        let share = 100.0 * sum.as_secs_f64() / total.as_secs_f64();
+        println!("{label:>36} {n:>4} {:>6.0} {share:>6.1} %", sum.as_secs_f64() * 1e6);
+    }
 }
 
 /// Weights that each token of a prompt meets on one rank: those of the layers.

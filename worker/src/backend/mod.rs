@@ -5,6 +5,7 @@
 //! is handed.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use evener_collective::{Collective, Tag};
 use evener_kernels::Isa;
@@ -144,6 +145,15 @@ pub trait Backend: Send {
         _collective: &mut dyn Collective,
     ) -> Result<(), Error> {
         Ok(())
+    }
+
+    /// How long each op takes on `batch`, by what it makes, in program order: for measuring, and not
+    /// in a group. Empty of a backend that does not tell.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn time_ops(&mut self, _batch: &Batch) -> Result<Vec<(String, Duration)>, Error> {
+        Ok(Vec::new())
     }
 
     /// Gives one KV block the keys and values of another, in all layers.

@@ -4,9 +4,11 @@
 //! what. It runs on a card or on its emulation alike. Sums are in another order than the CPU's, and
 //! large products of bf16 in another than small ones: it does not promise the same bits.
 
+mod angles;
 mod graphs;
 mod plan;
 mod rank;
+mod step;
 mod sums;
 mod weights;
 

@@ -1,4 +1,4 @@
-//! A rank at work: weights, cache and buffers on a device, and its program's ops as launches.
+//! A rank at work: weights, cache and buffers on a device, and what of a step is recorded.
 //!
 //! Everything a step's kernels are told lies in device memory at places that depend on the step's
 //! sizes alone. So a decode step is padded to its bucket and runs as one graph, recorded when its
@@ -6,46 +6,48 @@
 //! launched op by op.
 
 use std::cell::OnceCell;
+use std::time::Duration;
 
 use evener_collective::{Collective, Tag};
-use evener_kernels::cuda::attention::{self, Heads, KvCache, Queries, Rope, Rows, WORDS};
+use evener_kernels::cuda::attention::{self, Heads, KvCache};
 use evener_kernels::cuda::group::Group;
-use evener_kernels::cuda::linear::{self, Activations, Parts, Projection, embed, linear};
+use evener_kernels::cuda::linear::{Activations, Parts};
 use evener_kernels::cuda::{Buffer, Device, Error as DeviceError, Graph, Shape, rows};
 use evener_kernels::peaks::n_peaks;
 
+use super::angles::Angles;
 use super::graphs::{Choice, Graphs};
 use super::plan::{Bounds, Layout, Plan, Sizes};
+use super::step::Step;
 use super::sums::{self, Sums};
 use super::weights::Weights;
 use crate::backend::{Backend, Batch, Error, KV_BLOCK_LEN, KvFormat, Options};
-use crate::model::config::{Rope as RopeOf, RopePairs};
-use crate::model::program::{BufferId, Op, Program};
+use crate::model::program::{Op, Program};
 
 /// Blocks of threads that attention is spread over at least, where sequences are long enough.
 const LEAST_ITEMS: usize = 1024;
 /// Tokens of a tensor core's tile: buffers hold whole ones.
 const TOKEN_TILE: usize = 8;
-/// Positions whose angles are made at once.
-const ANGLE_STEP: usize = 1024;
 
 /// A rank at work.
 pub(super) struct Rank {
-    /// Where this rank's device sums with the others' of the epoch. Dropped first: it frees the queue.
+    /// Dropped first, for they name the group.
+    graphs: Graphs<Sizes, Graph>,
+    /// Where this rank's device sums with the others' of the epoch. Dropped before memory that sums
+    /// may still be queued for.
     group: Option<Group>,
-    device: Device,
-    weights: Weights,
+    pub(super) device: Device,
+    pub(super) weights: Weights,
     bounds: Bounds,
     /// By [`BufferId`]: the front of each is `[n_parts, T, columns]` of the current step.
-    buffers: Vec<Buffer<f32>>,
+    pub(super) buffers: Vec<Buffer<f32>>,
     /// By layer.
-    caches: Vec<KvCache>,
+    pub(super) caches: Vec<KvCache>,
     /// By op, what the device has to know of it.
-    prepared: Vec<Prepared>,
-    scratch: Scratch,
-    angles: Angles,
+    pub(super) prepared: Vec<Prepared>,
+    pub(super) scratch: Scratch,
+    pub(super) angles: Angles,
     plan: Plan,
-    graphs: Graphs<Sizes, Graph>,
     /// Rows of logits of the last run.
     n_sampled: usize,
     /// The last run's logits, once somebody asked for them.
@@ -54,21 +56,21 @@ pub(super) struct Rank {
     on_host: [Vec<f32>; 2],
 }
 
-enum Prepared {
+pub(super) enum Prepared {
     Nothing,
     Parts(Parts),
     Heads(Heads),
 }
 
 /// Device memory that only a step uses.
-struct Scratch {
-    words: Buffer<u32>,
-    activations: Activations,
-    attended: Option<attention::Parts>,
-    sampled: Buffer<f32>, // [S, hidden]
-    logits: Buffer<f32>,  // [S, own vocabulary rows]
-    best: Buffer<f32>,    // [S, 2]
-    peaks: Buffer<f32>,   // [S, n_peaks]
+pub(super) struct Scratch {
+    pub(super) words: Buffer<u32>,
+    pub(super) activations: Activations,
+    pub(super) attended: Option<attention::Parts>,
+    pub(super) sampled: Buffer<f32>, // [S, hidden]
+    pub(super) logits: Buffer<f32>,  // [S, own vocabulary rows]
+    best: Buffer<f32>,               // [S, 2]
+    peaks: Buffer<f32>,              // [S, n_peaks]
 }
 
 /// Most tokens of a step, in whole tiles.
@@ -156,6 +158,7 @@ impl Rank {
         };
         let angles = Angles::new(&device, program, options.max_context)?;
         Ok(Self {
+            graphs: Graphs::default(),
             group: None,
             bounds,
             buffers,
@@ -164,7 +167,6 @@ impl Rank {
             scratch,
             angles,
             plan: Plan::default(),
-            graphs: Graphs::default(),
             n_sampled: 0,
             logits: OnceCell::new(),
             on_host: [Vec::new(), Vec::new()],
@@ -289,6 +291,15 @@ impl Backend for Rank {
         Ok(())
     }
 
+    fn time_ops(&mut self, batch: &Batch) -> Result<Vec<(String, Duration)>, Error> {
+        let end = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
+        self.angles.extend(end)?;
+        let (sizes, layout) = self.plan.make(batch, &self.bounds, false);
+        self.scratch.words.upload(0, &self.plan.words)?;
+        let n_tables = batch.block_tables.len();
+        Ok(Step { rank: self, sizes, layout, n_tables }.time()?)
+    }
+
     fn copy_block(&mut self, from: u32, to: u32) {
         for cache in &self.caches {
             // A device that failed says so in the step that follows.
@@ -324,231 +335,6 @@ impl Backend for Rank {
         let made = rows::likeliest(logits, columns, best, n_rows);
         if made.and_then(|()| best.download(0, out)).is_err() {
             out.iter_mut().skip(1).step_by(2).for_each(|index| *index = 0.0);
-        }
-    }
-}
-
-/// One step of one rank.
-struct Step<'a> {
-    rank: &'a Rank,
-    sizes: Sizes,
-    layout: Layout,
-    /// Blocks in the step's tables.
-    n_tables: usize,
-}
-
-impl Step<'_> {
-    /// All ops, meeting the other ranks through the host's memory.
-    fn run_over_hosts(
-        &self,
-        step: u64,
-        collective: &mut dyn Collective,
-        on_host: &mut [Vec<f32>; 2],
-    ) -> Result<(), Error> {
-        let mut n_met = 0;
-        for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
-            match op {
-                Op::AllReduce { parts, plan, out } => {
-                    n_met += 1;
-                    let tag = Tag { step, op: n_met };
-                    let plan = &self.rank.weights.program.reduce_plans[plan.0];
-                    let [mine, sum] = &mut *on_host;
-                    mine.resize(self.len(*parts), 0.0);
-                    sum.resize(self.len(*out), 0.0);
-                    self.rank.buffers[parts.0].download(0, mine)?;
-                    collective.all_reduce(tag, plan, mine, sum)?;
-                    self.rank.buffers[out.0].upload(0, sum)?;
-                }
-                op => self.launch(index, op)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// All ops, on the device: of a rank that has no others to meet, or whose device meets theirs.
-    fn run(&self, records: bool, mut sums: Option<&mut Sums<'_>>) -> Result<(), Error> {
-        for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
-            let Op::AllReduce { parts, out, .. } = op else {
-                self.launch(index, op)?;
-                continue;
-            };
-            let [from, to] = [parts, out].map(|id| &self.rank.buffers[id.0]);
-            let n = self.len(*out);
-            let Some(sums) = &mut sums else {
-                assert_eq!(self.len(*parts), n, "one rank owns every leaf, in one part");
-                to.copy(0, from, 0, n)?;
-                continue;
-            };
-            rows::add_parts(from, self.rank.weights.program.buffers[parts.0].n_parts, to, n)?;
-            sums.all_reduce(to, n)?;
-            if !records {
-                sums.pace()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn launch(&self, index: usize, op: &Op) -> Result<(), DeviceError> {
-        let Rank { weights, buffers, scratch, prepared, .. } = self.rank;
-        let Sizes { n_tokens, n_samples, .. } = self.sizes;
-        let parts = || match &prepared[index] {
-            Prepared::Parts(parts) => parts,
-            Prepared::Nothing | Prepared::Heads(_) => unreachable!("prepared by its op"),
-        };
-        match op {
-            Op::Embed { table, out } => {
-                let first_row = weights.program.weights[table.0].rows.start;
-                let tokens = scratch.words.view(self.layout.tokens, n_tokens);
-                embed(weights.matrix(*table), first_row, tokens, &buffers[out.0])
-            }
-            Op::Norm { residual, delta, weight, eps, out } => {
-                let delta = delta.map(|delta| &buffers[delta.0]);
-                let weight = weights.vector(*weight);
-                let (residual, out) = (&buffers[residual.0], &buffers[out.0]);
-                rows::rms_norm(residual, delta, weight, *eps, out, n_tokens)
-            }
-            Op::Linear { input, projections } => {
-                let parts = parts();
-                let of = |one: &crate::model::program::Projection| Projection {
-                    weight: weights.matrix(one.weight),
-                    parts,
-                    out: &buffers[one.out.0],
-                };
-                let projections: Vec<Projection<'_>> = projections.iter().map(of).collect();
-                self.linear(*input, n_tokens, &projections)
-            }
-            Op::LinearParts { input, weight, out, .. } => {
-                let (weight, out) = (weights.matrix(*weight), &buffers[out.0]);
-                self.linear(*input, n_tokens, &[Projection { weight, parts: parts(), out }])
-            }
-            Op::RopeKv { q, k, v, layer, rope } => {
-                let head_dim = weights.program.head_dim;
-                let n_heads = weights.columns(*q) / head_dim;
-                let [q, k, v] = [q, k, v].map(|id| &buffers[id.0]);
-                let cache = &self.rank.caches[*layer];
-                attention::rope_kv(
-                    [q, k, v],
-                    n_heads,
-                    self.rows(),
-                    self.rank.angles.of(rope),
-                    cache,
-                )
-            }
-            Op::Attention { q, layer, scale, out, .. } => {
-                let Prepared::Heads(heads) = &prepared[index] else {
-                    unreachable!("prepared by its op")
-                };
-                let (q, out) = (&buffers[q.0], &buffers[out.0]);
-                self.attend(Queries { q, heads, scale: *scale, out }, *layer)
-            }
-            Op::SiluGate { gate, up, out } => {
-                let [gate, up] = [gate, up].map(|id| &buffers[id.0]);
-                rows::silu_gate(gate, up, &buffers[out.0], self.len(*out))
-            }
-            Op::Head { input, weight } => {
-                let (columns, weight) = (weights.columns(*input), weights.matrix(*weight));
-                let samples = scratch.words.view(self.layout.samples, n_samples);
-                rows::take_rows(&buffers[input.0], samples, &scratch.sampled, columns)?;
-                let out = &scratch.logits;
-                let projection = Projection { weight, parts: parts(), out };
-                let from = &scratch.sampled;
-                linear(from, columns, n_samples, &scratch.activations, &[projection])
-            }
-            Op::AllReduce { .. } => unreachable!("met by the caller"),
-        }
-    }
-
-    fn linear(
-        &self,
-        input: BufferId,
-        n_tokens: usize,
-        projections: &[linear::Projection<'_>],
-    ) -> Result<(), DeviceError> {
-        let columns = self.rank.weights.columns(input);
-        let activations = &self.rank.scratch.activations;
-        linear(&self.rank.buffers[input.0], columns, n_tokens, activations, projections)
-    }
-
-    fn attend(&self, queries: Queries<'_>, layer: usize) -> Result<(), DeviceError> {
-        let (words, cache) = (&self.rank.scratch.words, &self.rank.caches[layer]);
-        let Sizes { n_tokens, n_items, n_tiles, .. } = self.sizes;
-        if n_items > 0 {
-            let items = words.view(self.layout.items, WORDS * n_items);
-            let first_items = words.view(self.layout.first_items, n_tokens + 1);
-            let parts = self.rank.scratch.attended.as_ref().expect("there is attention");
-            attention::attend(queries, self.rows(), items, first_items, cache, parts)?;
-        }
-        if n_tiles > 0 {
-            let tiles = words.view(self.layout.tiles, WORDS * n_tiles);
-            attention::attend_tiles(queries, self.rows(), tiles, cache)?;
-        }
-        Ok(())
-    }
-
-    fn rows(&self) -> Rows<'_> {
-        let (words, n) = (&self.rank.scratch.words, self.sizes.n_tokens);
-        Rows {
-            positions: words.view(self.layout.positions, n),
-            slots: words.view(self.layout.slots, n),
-            first_blocks: words.view(self.layout.first_blocks, n),
-            tables: words.view(self.layout.tables, self.n_tables),
-        }
-    }
-
-    /// Numbers of a buffer in this step.
-    fn len(&self, id: BufferId) -> usize {
-        let buffer = &self.rank.weights.program.buffers[id.0];
-        buffer.n_parts * self.sizes.n_tokens * buffer.columns
-    }
-}
-
-/// Cosines and sines of every position so far, on the device; made here, by libm's own functions,
-/// as the CPU makes them.
-struct Angles {
-    table: Buffer<f32>, // [position, cosines of the pairs then their sines]
-    /// Radians a position, by pair.
-    frequencies: Vec<f64>,
-    n_known: usize,
-    max_context: usize,
-}
-
-impl Angles {
-    fn new(device: &Device, program: &Program, max_context: usize) -> Result<Self, DeviceError> {
-        let rope = program.ops.iter().find_map(|op| match op {
-            Op::RopeKv { rope, .. } => Some(*rope),
-            _ => None,
-        });
-        let frequencies: Vec<f64> = rope.map_or(Vec::new(), |rope| {
-            let exponent = |pair: usize| -2.0 * pair as f64 / rope.dim as f64;
-            (0..rope.dim / 2).map(|i| libm::pow(f64::from(rope.theta), exponent(i))).collect()
-        });
-        let table = device.buffer(max_context * 2 * frequencies.len())?;
-        Ok(Self { table, frequencies, n_known: 0, max_context })
-    }
-
-    /// Makes what positions below `end` still lack, and some more.
-    fn extend(&mut self, end: usize) -> Result<(), DeviceError> {
-        if end <= self.n_known || self.frequencies.is_empty() {
-            return Ok(());
-        }
-        assert!(end <= self.max_context, "position {end} is beyond the context");
-        let end = end.next_multiple_of(ANGLE_STEP).min(self.max_context);
-        let mut new = Vec::with_capacity((end - self.n_known) * 2 * self.frequencies.len());
-        for position in self.n_known..end {
-            let angles = self.frequencies.iter().map(|frequency| position as f64 * frequency);
-            new.extend(angles.clone().map(|angle| libm::cos(angle) as f32));
-            new.extend(angles.map(|angle| libm::sin(angle) as f32));
-        }
-        self.table.upload(self.n_known * 2 * self.frequencies.len(), &new)?;
-        self.n_known = end;
-        Ok(())
-    }
-
-    fn of(&self, rope: &RopeOf) -> Rope<'_> {
-        Rope {
-            angles: &self.table,
-            n_pairs: self.frequencies.len(),
-            is_adjacent: rope.pairs == RopePairs::Adjacent,
         }
     }
 }
