@@ -401,11 +401,19 @@ fn library(shape: Shape, cache: &Path) -> Result<PathBuf, Error> {
     if library.exists() {
         return Ok(library);
     }
-    // Whoever comes second compiles too; both make the same, and the last rename wins.
+    // One compiles, others of its process and of other processes wait; where locks do not work, two
+    // compile, both make the same, and the last rename wins.
     let own = cache.join(format!("evener-emulated-{name}-{}-{:?}", std::process::id(), thread()));
     let (text, made) = (own.with_extension("cpp"), own.with_extension("so.part"));
     let failed = |what, error: std::io::Error| Error::driver(what, error);
     std::fs::create_dir_all(cache).map_err(|error| failed("making the kernel cache", error))?;
+    let locked = std::fs::File::create(library.with_extension("lock"));
+    if let Ok(file) = &locked {
+        let _ = file.lock(); // until `locked` is dropped
+    }
+    if library.exists() {
+        return Ok(library);
+    }
     std::fs::write(&text, source).map_err(|error| failed("writing the kernels", error))?;
     let output = Command::new(&compiler).args(&options).arg("-o").arg(&made).arg(&text).output();
     let _ = std::fs::remove_file(&text);
