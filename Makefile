@@ -5,8 +5,10 @@
 #   make test    everything that must hold: format, lints, tests of all parts and of the whole system, docs
 #   make check   make test, and cargo-deny where it is installed
 #   make bench   speed of kernels, links and models beside this machine's ceilings; about ten minutes
+#   make gpu-test, make gpu-bench   the CUDA backend's tests, and its speed, on an NVIDIA card; they say so where none is
 #
-# Needed: a Rust toolchain, Python 3 with pip, a C compiler, and the network for what is fetched once into .cache/.
+# Needed: a Rust toolchain, Python 3 with pip, a C and a C++ compiler (the second for tests only, which run CUDA kernels by
+# emulation), and the network for what is fetched once into .cache/.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
@@ -19,10 +21,14 @@ EVENER := $(TARGET)/release/evener
 MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 SDK_PYTHON := $(CURDIR)/.cache/sdk/python
 QUESTION := What is the capital of France? Answer in one sentence.
+# Compiled kernels of tests are kept here.
+export EVENER_CACHE ?= $(CURDIR)/.cache/evener
+# The card of gpu-test and gpu-bench.
+CARD ?= 0
 # Options of `evener up` to add, such as ARGS="--shares 2:1 --listen 127.0.0.1:9090".
 ARGS ?=
 
-.PHONY: run smoke test check bench deny model etcd sdk release fmt lint unit docs clean help
+.PHONY: run smoke test check bench gpu-test gpu-bench deny model etcd sdk nvrtc release fmt lint unit docs clean help
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +41,10 @@ etcd:
 
 sdk:
 	@scripts/sdk-env
+
+# Without it kernels are not compiled for cards, and the test says so; nothing else needs it.
+nvrtc:
+	@scripts/fetch-nvrtc >/dev/null || true
 
 release:
 	$(CARGO) build --release -p evener
@@ -55,7 +65,7 @@ lint:
 
 # One build serves unit, integration and system tests: the system tests start the binary that this build leaves in the
 # target directory.
-unit: model etcd sdk
+unit: model etcd sdk nvrtc
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
 	    EVENER_SDK_PYTHON=$(SDK_PYTHON) $(CARGO) nextest run --workspace --no-fail-fast; \
 	    $(CARGO) test --workspace --doc; \
@@ -81,6 +91,22 @@ deny:
 bench: model release
 	$(EVENER) bench --model $(MODEL) --synthetic llama-1b --format q4_0,q4_k_m,q8_0,bf16 --kernels \
 	    --svg $(dir $(EVENER))roofline.svg $(ARGS)
+
+gpu-test: model release
+	$(CARGO) test -p evener-worker --test backends --test cuda --no-run
+	@$(EVENER) doctor --device cuda:$(CARD) || { echo "make gpu-test needs an NVIDIA card; nothing was run" >&2; exit 1; }
+	EVENER_TEST_CARD=$(CARD) $(CARGO) test -p evener-worker --test backends --test cuda -- --test-threads 1
+	@if command -v compute-sanitizer >/dev/null; then \
+	    EVENER_TEST_CARD=$(CARD) compute-sanitizer --error-exitcode 1 --target-processes all \
+	        $(CARGO) test -p evener-worker --test cuda -- --test-threads 1; \
+	else \
+	    echo "compute-sanitizer is not installed, so memory accesses on the card were not checked"; \
+	fi
+
+gpu-bench: release
+	$(CARGO) build --release -p evener-worker --example cuda
+	@$(EVENER) doctor --device cuda:$(CARD) || { echo "make gpu-bench needs an NVIDIA card; nothing was run" >&2; exit 1; }
+	$(TARGET)/release/examples/cuda --card $(CARD) $(ARGS)
 
 clean:
 	$(CARGO) clean

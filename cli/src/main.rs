@@ -5,6 +5,7 @@ mod chat;
 mod children;
 mod client;
 mod coordinator;
+mod doctor;
 mod logging;
 mod models;
 mod options;
@@ -79,6 +80,8 @@ enum Verb {
     Bench(bench::Options),
     /// Show how a model would be split
     Plan(plan::Options),
+    /// Show what this machine offers, and what that means for a worker
+    Doctor(doctor::Options),
     /// Run the HTTP API, the router and the supervisor of groups
     Coordinator(coordinator::Options),
     /// Run one worker: one rank of a group
@@ -121,6 +124,7 @@ fn run() -> anyhow::Result<()> {
             Verb::Status(options) => options::print("status", options),
             Verb::Bench(options) => bench::print(options),
             Verb::Plan(options) => options::print("plan", options),
+            Verb::Doctor(options) => options::print("doctor", options),
             Verb::Coordinator(options) => options::print("coordinator", options),
             Verb::Worker(options) => options::print("worker", options),
         };
@@ -131,6 +135,7 @@ fn run() -> anyhow::Result<()> {
         Verb::Status(options) => on_this_thread(status::run(options)),
         Verb::Bench(options) => on_this_thread(bench::run(options, &log)),
         Verb::Plan(options) => plan::run(&options),
+        Verb::Doctor(options) => doctor::run(&options),
         Verb::Coordinator(options) => {
             logging::start(&log, log_format)?;
             on_all_threads(coordinator::run(options))

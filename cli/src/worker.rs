@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use evener_proto::ids::WorkerId;
-use evener_worker::{backend, config, registration};
+use evener_worker::{backend, config, host, registration};
 use serde::Serialize;
 
 use crate::models;
 use crate::signals;
 use crate::traces::{Tracing, finish};
-use crate::values::{Backend, Bytes, Cores, Registry, Transport};
+use crate::values::{Backend, Bytes, Cores, Device, Registry, Transport};
 
 const EXAMPLES: &str = "Examples:
   evener worker --model SmolLM2-135M-Instruct.Q4_1.gguf --registry embedded://127.0.0.1:8081
@@ -54,6 +54,10 @@ pub struct Options {
     /// What computes.
     #[arg(long, env = "EVENER_BACKEND", value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
+    /// What it computes on: cpu, cuda:N (a card of the driver's), or auto (the first card, if there
+    /// is one). `evener doctor` shows what there is. No kernel has run on a card yet.
+    #[arg(long, env = "EVENER_DEVICE", value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
     /// Threads that compute; default: one per core.
     #[arg(long, env = "EVENER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
@@ -130,10 +134,7 @@ impl Options {
         options.listen = self.listen;
         options.collective_listen = self.collective_listen;
         options.advertise_host = self.advertise_host;
-        options.backend = match self.backend {
-            Backend::Cpu => backend::Kind::Cpu,
-            Backend::Reference => backend::Kind::Reference,
-        };
+        options.backend = backend_on(self.backend, self.device)?;
         options.threads = self.threads.unwrap_or(cores);
         options.cores = match self.cores {
             Cores::Auto => config::Cores::Auto,
@@ -153,6 +154,29 @@ impl Options {
         options.registry = Some(registration::Options::at(place));
         options.drain_timeout = Duration::from_secs(self.drain_timeout.into());
         Ok(options)
+    }
+}
+
+/// Which implementation runs, and on what.
+fn backend_on(backend: Backend, device: Device) -> anyhow::Result<backend::Kind> {
+    use host::probe::n_cards;
+    match (backend, device) {
+        (Backend::Cpu, Device::Cpu) => Ok(backend::Kind::Cpu),
+        (Backend::Cpu, Device::Auto) => Ok(match n_cards() {
+            Ok(1..) => backend::Kind::Cuda(backend::Place::Card(0)),
+            Ok(0) | Err(_) => backend::Kind::Cpu,
+        }),
+        (Backend::Cpu, Device::Cuda(ordinal)) => {
+            let n_cards = n_cards().with_context(|| format!("--device cuda:{ordinal}"))?;
+            if ordinal >= n_cards {
+                return Err(host::probe::Error::NoCard { ordinal, n_cards }.into());
+            }
+            Ok(backend::Kind::Cuda(backend::Place::Card(ordinal)))
+        }
+        (Backend::Reference, Device::Cpu | Device::Auto) => Ok(backend::Kind::Reference),
+        (Backend::Reference, Device::Cuda(ordinal)) => bail!(
+            "--backend reference computes on the processor only; leave out --device cuda:{ordinal}"
+        ),
     }
 }
 

@@ -161,6 +161,19 @@ fn only_the_border_files_know_etcd() {
 }
 
 #[test]
+fn only_the_device_side_knows_cuda() {
+    let rule = "only the kernels' device side knows the driver's bindings";
+    assert_only("worker/kernels/src", &["cudarc"], &["worker/kernels/src/cuda/"], rule);
+    for under in ["worker/src", "worker/collective/src", "coordinator/src", "cli/src"] {
+        assert_only(under, &["cudarc"], &[], rule);
+    }
+    // Of the worker, the backend launches kernels; others may only ask what there is.
+    let rule = "only backend/cuda uses devices";
+    let allowed = ["worker/src/backend/", "worker/src/host.rs"];
+    assert_only("worker/src", &["evener_kernels::cuda"], &allowed, rule);
+}
+
+#[test]
 fn generated_messages_stop_at_the_border_files() {
     for (under, allowed) in [
         (

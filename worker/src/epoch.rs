@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use evener_collective::{
-    AbortHandle, Collective, GroupSpec, Mesh, Options as MeshOptions, Rendezvous, Tag,
+    AbortHandle, Collective, GroupSpec, Mesh, Options as MeshOptions, Rendezvous, Tag, Transport,
 };
 use evener_telemetry::Tracer;
 use tokio::sync::watch;
@@ -32,6 +32,14 @@ const EXTRA_SAMPLE_ROWS: usize = 32;
 const MIN_KV_TOKENS: usize = 256;
 /// Share of the available memory that a host's KV caches take unless told otherwise.
 const KV_MEMORY_FRACTION: u64 = 4;
+
+/// Ops of step 0: ranks agree on what they can do, then introduce their devices.
+const AGREE_OP: u32 = 0;
+const INTRODUCE_OP: u32 = 1;
+
+/// Share of a device's free memory that goes to the KV cache unless told otherwise: the rest is for
+/// what libraries and graphs take.
+const DEVICE_KV_SHARE: (u64, u64) = (9, 10);
 
 /// Operations of the collective that are logged when an epoch fails.
 const N_LOGGED: usize = 64;
@@ -242,7 +250,9 @@ impl Life {
         let limits = self.agree(&mut mesh, kv_blocks)?;
         self.epoch.progress.send_replace(Progress::Warming);
         let Device { key, about, form } = *device.take().expect("it was there");
-        let (backend, n_kv_blocks) = form.into_backend(limits.n_kv_blocks)?;
+        let (mut backend, n_kv_blocks) = form.into_backend(limits.n_kv_blocks)?;
+        let says_nothing = self.spec.group.transport != Transport::Auto;
+        backend::introduce(backend.as_mut(), says_nothing, INTRODUCE_OP, &mut mesh)?;
         let allocated_at = Instant::now();
         let mut ready = Ready {
             resident_weight_bytes: about.resident_weight_bytes,
@@ -399,7 +409,7 @@ impl Life {
             [kv_blocks, *max_running as u32, own.max_batch_tokens as u32, own.max_context as u32];
         let bytes: Vec<u8> = mine.iter().flat_map(|n| n.to_le_bytes()).collect();
         let mut all = Vec::new();
-        mesh.all_gather(Tag { step: 0, op: 0 }, &bytes, &mut all)?;
+        mesh.all_gather(Tag { step: 0, op: AGREE_OP }, &bytes, &mut all)?;
         let mut least = mine;
         for (rank, theirs) in all.iter().enumerate() {
             if theirs.len() != bytes.len() {
@@ -467,8 +477,9 @@ impl Device {
             Form::Ready(_, n_kv_blocks) => Ok(*n_kv_blocks),
             Form::Loaded(loaded) => {
                 let fraction = KV_MEMORY_FRACTION * spec.n_local_ranks as u64;
-                let budget = spec.kv_memory_bytes.unwrap_or_else(|| {
-                    metrics::available_memory_bytes().unwrap_or(u64::MAX) / fraction
+                let budget = spec.kv_memory_bytes.unwrap_or_else(|| match loaded.free_bytes() {
+                    Some(free) => free / DEVICE_KV_SHARE.1 * DEVICE_KV_SHARE.0,
+                    None => metrics::available_memory_bytes().unwrap_or(u64::MAX) / fraction,
                 });
                 let max_context = spec.backend_options.max_context;
                 kv_capacity(loaded.kv_block_bytes(), budget, spec.max_running, max_context)

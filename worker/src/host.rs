@@ -1,6 +1,8 @@
-//! What the machine says about itself: which host this is, its processor.
+//! What the machine says about itself: which host this is, its processor, its cards.
 
 use sha2::{Digest, Sha256};
+
+pub use evener_kernels::cuda::probe;
 
 /// Equal for two processes that run on one host since its last start, and may so share memory;
 /// empty where the system does not say, which is taken as sharing with nobody.
@@ -23,6 +25,21 @@ pub fn processor() -> String {
     let name = text.lines().find_map(|line| line.strip_prefix("model name"));
     let name = name.and_then(|rest| rest.split_once(':')).map(|(_, name)| name.trim().to_owned());
     name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+/// The instruction set that the processor's kernels use here.
+#[must_use]
+pub fn instruction_set() -> &'static str {
+    evener_kernels::Isa::detect().name()
+}
+
+/// Whether programs get huge pages: "always", "madvise" (those that ask, as Evener does) or "never";
+/// none where the system does not say.
+#[must_use]
+pub fn huge_pages() -> Option<String> {
+    let text = read("/sys/kernel/mm/transparent_hugepage/enabled");
+    let (_, rest) = text.split_once('[')?;
+    rest.split_once(']').map(|(chosen, _)| chosen.to_owned())
 }
 
 /// Cores that this process may use, in the order in which to take them: one of each physical core

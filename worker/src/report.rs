@@ -60,6 +60,7 @@ fn held_model(held: &Held) -> HeldModel {
 fn backend_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Cpu => "cpu",
+        Kind::Cuda(_) => "cuda",
         Kind::Reference => "reference",
     }
 }

@@ -346,6 +346,7 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
             ("--id", &id),
             ("--registry", &workers_registry),
             ("--backend", &values::flag(shape.backend)),
+            ("--device", &shape.device.to_string()),
             ("--transport", &values::flag(shape.transport)),
             ("--threads", &plan.threads.to_string()),
             ("--speculate", &shape.speculate.to_string()),

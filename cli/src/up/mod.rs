@@ -24,7 +24,7 @@ pub use progress::Progress;
 use crate::client::Sampling;
 use crate::signals::Signals;
 use crate::traces::Tracing;
-use crate::values::{Backend, Bytes, Cores, Kv, Registry, Shares, Transport};
+use crate::values::{Backend, Bytes, Cores, Device, Kv, Registry, Shares, Transport};
 
 const EXAMPLES: &str = "Examples:
   evener up --model model.gguf                              two equal workers
@@ -60,6 +60,10 @@ pub struct Shape {
     /// What computes.
     #[arg(long, env = "EVENER_BACKEND", value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
+    /// What all workers compute on: cpu, cuda:N (they share a card), or auto. No kernel has run on a
+    /// card yet.
+    #[arg(long, env = "EVENER_DEVICE", value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub device: Device,
     /// How the workers exchange partial sums.
     #[arg(long, env = "EVENER_TRANSPORT", value_enum, default_value_t = Transport::Auto)]
     pub transport: Transport,

@@ -99,6 +99,9 @@ pub trait Collective: Send {
     /// The deadline of later operations: longer while ranks still load, then the step's.
     fn set_step_timeout(&mut self, timeout: Duration);
 
+    /// How long an operation that begins now may take.
+    fn step_timeout(&self) -> Duration;
+
     fn abort_handle(&self) -> AbortHandle;
 
     /// "self", "local", "shm" or "tcp", by peer rank.

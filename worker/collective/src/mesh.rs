@@ -307,6 +307,10 @@ impl Collective for Mesh {
         self.fabric.options_mut().step_timeout = timeout;
     }
 
+    fn step_timeout(&self) -> Duration {
+        self.fabric.options().step_timeout
+    }
+
     fn abort_handle(&self) -> AbortHandle {
         self.fabric.abort().clone()
     }

@@ -14,6 +14,7 @@ pub mod quant;
 pub mod activation;
 pub mod attention;
 pub mod cores;
+pub mod cuda;
 pub mod elementwise;
 pub mod isa;
 pub mod linear;

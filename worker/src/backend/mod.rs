@@ -1,22 +1,26 @@
 //! The contract of a device: load a rank's slices, then run its program on one batch after another.
 //!
-//! `cpu` is ours and fast; `reference` is candle, slow and obvious. A backend knows tensors and its
-//! rank; it does not know requests, sampling or the network beyond the collective it is handed.
+//! `cpu` and `cuda` are ours and fast; `reference` is candle, slow and obvious. A backend knows
+//! tensors and its rank; it does not know requests, sampling or the network beyond the collective it
+//! is handed.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
-use evener_collective::Collective;
+use evener_collective::{Collective, Tag};
 use evener_kernels::Isa;
-use evener_kernels::peaks::{n_peaks, peaks_of};
+use evener_kernels::peaks::{best, n_peaks, peaks_of};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::program::Program;
 
 mod cpu;
+mod cuda;
 mod reference;
 
 pub(crate) use cpu::PRECISION as CPU_PRECISION;
 pub use evener_kernels::attention::Format as KvFormat;
+pub use evener_kernels::cuda::Place;
 
 /// Tokens of one KV block.
 pub const KV_BLOCK_LEN: usize = 16;
@@ -65,8 +69,10 @@ impl Batch {
 /// Which implementation runs the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Our kernels.
+    /// Our kernels, on this machine's processor.
     Cpu,
+    /// Our kernels on a card, or on its emulation.
+    Cuda(Place),
     /// candle tensors: slow, obvious, the truth the others are tested against.
     Reference,
 }
@@ -100,6 +106,11 @@ pub trait Loaded: Send {
     fn name(&self) -> String;
     /// Same bits whatever the batch, the threads and the split.
     fn deterministic(&self) -> bool;
+    /// Bytes of the device's own memory that are free for a KV cache; none of a backend that uses
+    /// the machine's.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
     /// Allocates the KV cache and the step's buffers.
     ///
     /// # Errors
@@ -115,6 +126,35 @@ pub trait Backend: Send {
     /// # Errors
     /// A failed collective, or a device that failed. The epoch is over after either.
     fn run(&mut self, batch: &Batch, collective: &mut dyn Collective) -> Result<(), Error>;
+
+    /// What this rank's device tells the others' before an epoch's first step, so that they may sum
+    /// without their hosts; empty: it cannot. The lead's names the group.
+    fn introduction(&self, _is_lead: bool) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Hears the introductions of all ranks, the same on each. What they make of it lasts until they
+    /// are heard again. It may meet the others in ops of step 0 from `first_op` on.
+    ///
+    /// # Errors
+    /// A failed collective.
+    fn hear(
+        &mut self,
+        _introductions: &[Vec<u8>],
+        _first_op: u32,
+        _collective: &mut dyn Collective,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// How long each op takes on `batch`, by what it makes, in program order: for measuring, and not
+    /// in a group. Empty of a backend that does not tell.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn time_ops(&mut self, _batch: &Batch) -> Result<Vec<(String, Duration)>, Error> {
+        Ok(Vec::new())
+    }
 
     /// Gives one KV block the keys and values of another, in all layers.
     fn copy_block(&mut self, from: u32, to: u32);
@@ -135,6 +175,46 @@ pub trait Backend: Send {
             peaks_of(Isa::detect(), row, &mut out[first..]);
         }
     }
+
+    /// Replaces `out` by two words for each of the `n_rows` rows of the last run: its largest logit
+    /// and the bits of the index, of equals the lowest ([`best`]); -infinity and 0 without columns.
+    /// `peaks` is left with anything.
+    fn likeliest(
+        &mut self,
+        n_rows: usize,
+        columns: usize,
+        peaks: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) {
+        self.peaks(columns, peaks);
+        let (isa, n_peaks) = (Isa::detect(), n_peaks(columns));
+        out.clear();
+        for row in 0..n_rows {
+            let logits = &self.logits()[row * columns..][..columns];
+            let found = best(isa, logits, &peaks[row * n_peaks..][..n_peaks]);
+            let (index, logit) = found.unwrap_or((0, f32::NEG_INFINITY));
+            out.extend([logit, f32::from_bits(index as u32)]);
+        }
+    }
+}
+
+/// Introduces the ranks' devices to each other, before an epoch's first step: ops of step 0 from
+/// `first_op` on. All ranks do it; one that does not want its sums to leave the collective says
+/// nothing.
+///
+/// # Errors
+/// A failed collective.
+pub fn introduce(
+    backend: &mut dyn Backend,
+    says_nothing: bool,
+    first_op: u32,
+    collective: &mut dyn Collective,
+) -> Result<(), Error> {
+    let is_lead = collective.rank() == 0;
+    let mine = if says_nothing { Vec::new() } else { backend.introduction(is_lead) };
+    let mut all = Vec::new();
+    collective.all_gather(Tag { step: 0, op: first_op }, &mine, &mut all)?;
+    backend.hear(&all, first_op + 1, collective)
 }
 
 /// Hears of bytes done and bytes in total while weights load; may stop it.
@@ -154,6 +234,7 @@ pub fn load(
 ) -> Result<Box<dyn Loaded>, LoadError> {
     match kind {
         Kind::Cpu => Ok(Box::new(cpu::load(checkpoint, program, options, progress)?)),
+        Kind::Cuda(place) => cuda::load(place, checkpoint, program, options, progress),
         Kind::Reference => reference::load(checkpoint, program, progress),
     }
 }

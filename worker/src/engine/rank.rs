@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use evener_collective::{Collective, Mesh, Tag};
 use evener_kernels::Isa;
-use evener_kernels::peaks::{self, n_peaks};
 use evener_telemetry::Tracer;
 
 use crate::backend::{Backend, Batch};
@@ -221,14 +220,15 @@ impl Rank {
             return Ok(());
         }
         let columns = self.vocab[self.mesh.rank()].len();
-        self.backend.peaks(columns, &mut self.peaks);
         if plan.asks {
+            self.backend.peaks(columns, &mut self.peaks);
             return match self.mesh.rank() {
                 LEAD => Ok(()), // it asks when it knows what
                 _ => self.hear(n_rows),
             };
         }
-        self.find_likeliest(n_rows, columns);
+        // A rank without vocabulary rows has none; nobody asks it.
+        self.backend.likeliest(n_rows, columns, &mut self.peaks, &mut self.mine);
         self.gather(|_, _| Some(2 * n_rows))
     }
 
@@ -248,18 +248,6 @@ impl Rank {
             }
         }
         Ok(())
-    }
-
-    fn find_likeliest(&mut self, n_rows: usize, columns: usize) {
-        self.mine.clear();
-        let (logits, n_peaks) = (self.backend.logits(), n_peaks(columns));
-        for row in 0..n_rows {
-            let peaks = &self.peaks[row * n_peaks..][..n_peaks];
-            let best = peaks::best(self.isa, &logits[row * columns..][..columns], peaks);
-            // A rank without vocabulary rows has none; nobody asks it.
-            let (token, logit) = best.unwrap_or((0, f32::NEG_INFINITY));
-            self.mine.extend([logit, f32::from_bits(token as u32)]);
-        }
     }
 
     /// Lead: the likeliest token of the last step's `row_idx`-th sampled row, of equals the lowest.

@@ -4,11 +4,31 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use evener_collective::{Collective, Mesh};
-use evener_worker::backend::{self, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Span};
+use evener_collective::{Collective, Kind as OpKind, Mesh, Record};
+use evener_kernels::Isa;
+use evener_kernels::peaks::{best, n_peaks, peaks_of};
+use evener_worker::backend::{
+    self, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Place, Span, introduce,
+};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::program::Program;
 use evener_worker::model::{families, shard};
+
+/// The device that tests of the CUDA backend run on: the card that EVENER_TEST_CARD numbers
+/// (`make gpu-test`), else the emulation.
+pub fn cuda() -> Kind {
+    let card = std::env::var("EVENER_TEST_CARD").ok();
+    let number = |text: String| text.parse().expect("EVENER_TEST_CARD is a card's number");
+    Kind::Cuda(card.map_or(Place::Emulator, |text| Place::Card(number(text))))
+}
+
+/// How ranks sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meet {
+    OverHosts,
+    /// Where their devices can.
+    OnDevices,
+}
 
 /// How a model is run.
 #[derive(Debug, Clone)]
@@ -47,6 +67,20 @@ impl Group<'_> {
         vocab: usize,
         sequences: &[&[u32]],
     ) -> Vec<Vec<f32>> {
+        let kinds = vec![self.kind; self.shares.len()];
+        self.run_mixed(&kinds, Meet::OverHosts, checkpoint, program, vocab, sequences)
+    }
+
+    /// The same with a backend of its own for each rank, whatever `kind` says.
+    pub fn run_mixed(
+        &self,
+        kinds: &[Kind],
+        meet: Meet,
+        checkpoint: &Checkpoint,
+        program: &(dyn Fn(usize) -> Program + Sync),
+        vocab: usize,
+        sequences: &[&[u32]],
+    ) -> Vec<Vec<f32>> {
         let steps = steps(sequences, self.chunk);
         let meshes = Mesh::local(self.shares.len(), 1, &collective_options()).unwrap();
         let shards: Vec<Vec<Vec<f32>>> = std::thread::scope(|scope| {
@@ -57,9 +91,17 @@ impl Group<'_> {
                     let steps = &steps;
                     scope.spawn(move || {
                         let mut backend =
-                            self.load(checkpoint, program(rank), sequences, self.chunk);
-                        mesh.barrier(evener_collective::Tag { step: 0, op: 0 }).unwrap();
-                        run_steps(backend.as_mut(), &mut mesh, sequences, steps)
+                            self.load(kinds[rank], checkpoint, program(rank), sequences);
+                        let says_nothing = meet == Meet::OverHosts;
+                        introduce(backend.as_mut(), says_nothing, 0, &mut mesh).unwrap();
+                        let logits = run_steps(backend.as_mut(), &mut mesh, sequences, steps);
+                        let is_emulated = |kind| kind == &Kind::Cuda(Place::Emulator);
+                        if meet == Meet::OnDevices && kinds.iter().all(is_emulated) {
+                            let history = mesh.history();
+                            let is_sum = |op: &Record| op.kind == OpKind::AllReduce;
+                            assert!(!history.iter().any(is_sum), "a sum through the host");
+                        }
+                        logits
                     })
                 })
                 .collect();
@@ -84,14 +126,15 @@ impl Group<'_> {
         logits
     }
 
-    fn load(
+    /// One rank's backend, before its first step.
+    pub fn load(
         &self,
+        kind: Kind,
         checkpoint: &Checkpoint,
         program: Program,
         sequences: &[&[u32]],
-        chunk: usize,
     ) -> Box<dyn Backend> {
-        let longest = longest(sequences);
+        let (longest, chunk) = (longest(sequences), self.chunk);
         let options = backend::Options {
             threads: self.threads,
             max_batch_tokens: chunk * sequences.len(),
@@ -105,8 +148,7 @@ impl Group<'_> {
             assert!(done <= total);
             ControlFlow::Continue(())
         };
-        let loaded =
-            backend::load(self.kind, checkpoint, program, &options, &mut progress).unwrap();
+        let loaded = backend::load(kind, checkpoint, program, &options, &mut progress).unwrap();
         let n_blocks = longest.div_ceil(KV_BLOCK_LEN) * sequences.len();
         loaded.into_backend(n_blocks as u32).unwrap()
     }
@@ -116,6 +158,11 @@ fn collective_options() -> evener_collective::Options {
     // Loading and slow machines come before the first operation; a stuck rank still ends the test.
     let patience = Duration::from_secs(300);
     evener_collective::Options { step_timeout: patience, spin: false, ..Default::default() }
+}
+
+/// The first step of these sequences.
+pub fn first_step(sequences: &[&[u32]], chunk: usize) -> Batch {
+    batch(1, sequences, &steps(sequences, chunk)[0])
 }
 
 fn longest(sequences: &[&[u32]]) -> usize {
@@ -147,8 +194,27 @@ fn run_steps(
         let batch = batch(index as u64 + 1, sequences, pieces);
         backend.run(&batch, collective).unwrap();
         logits.push(backend.logits().to_vec());
+        check_likeliest(backend, batch.sample_rows.len());
     }
     logits
+}
+
+/// What a backend says of its logits is so of the logits that it gives.
+fn check_likeliest(backend: &mut dyn Backend, n_rows: usize) {
+    let columns = backend.logits().len() / n_rows;
+    let (mut peaks, mut likeliest) = (Vec::new(), Vec::new());
+    backend.likeliest(n_rows, columns, &mut peaks, &mut likeliest);
+    backend.peaks(columns, &mut peaks);
+    let (logits, n_peaks) = (backend.logits(), n_peaks(columns));
+    for row in 0..n_rows {
+        let logits = &logits[row * columns..][..columns];
+        let peaks = &peaks[row * n_peaks..][..n_peaks];
+        let mut expected = vec![0.0; n_peaks];
+        peaks_of(Isa::detect(), logits, &mut expected);
+        assert_eq!(peaks, expected);
+        let (index, logit) = best(Isa::detect(), logits, peaks).unwrap_or((0, f32::NEG_INFINITY));
+        assert_eq!(likeliest[2 * row..][..2], [logit, f32::from_bits(index as u32)]);
+    }
 }
 
 /// Blocks of different sequences alternate and run backwards, so that no backend can ignore the

@@ -1,0 +1,69 @@
+// The vocabulary of the kernels on a card. `emulator.hpp` says the same words on a processor, so that every kernel runs
+// in tests; a kernel uses these and plain C++, and nothing else of CUDA.
+//
+// NVRTC finds no header, not even stdint.h: this file is put in front of the kernels as text. It is compiled with
+// --fmad=false: where a multiplication is to be fused with an addition, the code says fmaf.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define DEVICE static __device__ __forceinline__
+
+extern __shared__ uint4 dynamic_shared[];
+
+// The memory that the threads of a block share; its size is the launch's.
+DEVICE void* shared_memory() { return dynamic_shared; }
+DEVICE void block_sync() { __syncthreads(); }
+
+DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
+
+// The value of the lane whose number differs in the bits of `mask`. All 32 lanes of a warp take part.
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+DEVICE float half_to_float(u16 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+// To the nearest, ties to even; what is too large becomes infinite.
+DEVICE u16 float_to_half(float x) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// c += a * b, with a [16, 32] of bytes and b [32, 8]. Lane 4g + t holds of a row g in a0 (columns 4t..4t+3) and a2 (16 +
+// 4t..), row g + 8 in a1 and a3; of b column g in b0 (rows 4t..) and b1 (rows 16 + 4t..); of c rows g (c[0], c[1]) and
+// g + 8 (c[2], c[3]) in columns 2t and 2t + 1. (PTX ISA, "Matrix Fragments for mma.m16n8k32".)
+DEVICE void mma_u8_s8(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEVICE void mma_u8_u8(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c += a * b, with a [16, 16] and b [16, 8] of 16-bit floats, two in a register, the lower column lowest. Lane 4g + t
+// holds of a row g in a0 (columns 2t, 2t + 1) and a2 (8 + 2t..), row g + 8 in a1 and a3; of b column g in b0 (rows 2t..)
+// and b1 (rows 8 + 2t..); c as above. (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".)
+DEVICE void mma_bf16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEVICE void mma_f16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,302 @@
+//! The paged cache of keys and values on a device, what writes to it, and attention over it.
+
+use super::launch::{Arguments, Geometry};
+use super::memory::Buffer;
+use super::rows::launch;
+use super::source::Shape;
+use super::{Device, Error, View, kernels};
+use crate::attention::BLOCK_LEN;
+
+/// Positions of a split: what a block of threads takes at once.
+pub const SPLIT: usize = 256;
+/// Query vectors that one block of [`attend_tiles`] takes of each KV head.
+pub const TILE_VECTORS: usize = 64;
+/// A slot that is none: its row is not written.
+pub const NO_SLOT: u32 = u32::MAX;
+/// Words of an [`Item`] and of a [`Tile`].
+pub const WORDS: usize = 4;
+
+/// Query heads that one block takes together, and warps of a block, of `attend`.
+const GROUP: usize = 8;
+const ATTEND_WARPS: usize = 8;
+
+/// Splits of one row's sequence, for one block of [`attend`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Item {
+    pub row: u32,
+    pub first_split: u32,
+    /// 0: nothing is to be done, and nothing is written.
+    pub n_splits: u32,
+}
+
+impl Item {
+    /// As it lies in device memory.
+    #[must_use]
+    pub fn words(self) -> [u32; WORDS] {
+        [self.row, self.first_split, self.n_splits, 0]
+    }
+}
+
+/// Query vectors of one sequence's rows, for one block of [`attend_tiles`]; counted row by row, the
+/// query heads of a KV head side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tile {
+    pub first_row: u32,
+    pub n_rows: u32,
+    pub first_vector: u32,
+}
+
+impl Tile {
+    /// As it lies in device memory.
+    #[must_use]
+    pub fn words(self) -> [u32; WORDS] {
+        [self.first_row, self.n_rows, self.first_vector, 0]
+    }
+}
+
+/// One layer's keys and values.
+#[derive(Debug)]
+pub struct KvCache {
+    pages: Buffer<u8>,
+    page_bytes: usize,
+    n_kv_heads: usize,
+    shape: Shape,
+}
+
+impl KvCache {
+    /// Memory for blocks of 16 positions; what lies in it is unknown.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn new(
+        device: &Device,
+        shape: Shape,
+        n_blocks: usize,
+        n_kv_heads: usize,
+    ) -> Result<Self, Error> {
+        let page_bytes = shape.kv_format.bytes_per_position(shape.head_dim) * BLOCK_LEN;
+        let pages = device.buffer(n_blocks * n_kv_heads * page_bytes)?;
+        Ok(Self { pages, page_bytes, n_kv_heads, shape })
+    }
+
+    /// Gives one block the keys and values of another.
+    ///
+    /// # Errors
+    /// The device failed.
+    ///
+    /// # Panics
+    /// If there is no such block, or both are one.
+    pub fn copy_block(&self, from: usize, to: usize) -> Result<(), Error> {
+        let bytes = self.n_kv_heads * self.page_bytes;
+        self.pages.copy(to * bytes, &self.pages, from * bytes, bytes)
+    }
+}
+
+/// How query heads read KV heads.
+#[derive(Debug)]
+pub struct Heads {
+    /// Where the query heads of each KV head begin, and where the last end.
+    starts: Buffer<u32>,
+    n_heads: usize,
+    n_kv_heads: usize,
+}
+
+impl Heads {
+    /// Of a rank whose query head h reads KV head `kv_of_head[h]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    ///
+    /// # Panics
+    /// If they do not ascend, or name a KV head that is not there.
+    pub fn new(device: &Device, kv_of_head: &[usize], n_kv_heads: usize) -> Result<Self, Error> {
+        assert!(kv_of_head.is_sorted(), "query heads travel with their KV heads, in order");
+        assert!(kv_of_head.last().is_none_or(|&last| last < n_kv_heads), "a KV head too many");
+        let before = |kv: usize| kv_of_head.partition_point(|&of| of < kv) as u32;
+        let starts: Vec<u32> = (0..=n_kv_heads).map(before).collect();
+        Ok(Self { starts: device.holding(&starts)?, n_heads: kv_of_head.len(), n_kv_heads })
+    }
+}
+
+/// Where the rows of a step stand. What it names must be in the cache: the caller checked it.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// Of each row. `[rows]`
+    pub positions: View<'a, u32>,
+    /// Block id * 16 + offset, or [`NO_SLOT`]. `[rows]`
+    pub slots: View<'a, u32>,
+    /// Where each row's run of KV blocks begins in `tables`. `[rows]`
+    pub first_blocks: View<'a, u32>,
+    pub tables: View<'a, u32>,
+}
+
+/// How positions turn queries and keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Rope<'a> {
+    /// `[positions, cosines of the pairs then their sines]`
+    pub angles: &'a Buffer<f32>,
+    pub n_pairs: usize,
+    /// Pairs of neighbours; else of the two halves.
+    pub is_adjacent: bool,
+}
+
+/// Rotates queries and keys in place, and writes keys and values to their slots. q: `[rows, n_heads,
+/// head_dim]`; k, v: `[rows, n_kv_heads, head_dim]`.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree.
+pub fn rope_kv(
+    [q, k, v]: [&Buffer<f32>; 3],
+    n_heads: usize,
+    rows: Rows<'_>,
+    rope: Rope<'_>,
+    cache: &KvCache,
+) -> Result<(), Error> {
+    let (n_rows, head_dim) = (rows.positions.len, cache.shape.head_dim);
+    assert!(rows.slots.len == n_rows && q.len() >= n_rows * n_heads * head_dim);
+    assert!(k.len().min(v.len()) >= n_rows * cache.n_kv_heads * head_dim);
+    assert!(2 * rope.n_pairs <= head_dim, "more pairs than columns");
+    let arguments = Arguments::new()
+        .memory(q)
+        .memory(k)
+        .memory(v)
+        .view(rows.positions)
+        .view(rows.slots)
+        .memory(rope.angles)
+        .memory(&cache.pages)
+        .number(n_heads)
+        .number(cache.n_kv_heads)
+        .number(rope.n_pairs)
+        .number(usize::from(rope.is_adjacent));
+    let geometry = Geometry::new(n_rows, n_heads + cache.n_kv_heads, 1).shared_floats(4);
+    // SAFETY: a block a row and head, within the lengths asserted; positions and slots as `Rows`
+    // says.
+    unsafe { launch(cache.pages.device(), kernels::ROPE_KV, geometry, arguments) }
+}
+
+/// Room for what blocks of [`attend`] found, until it is merged.
+#[derive(Debug)]
+pub struct Parts {
+    numbers: Buffer<f32>, // [item][head][head_dim + 2]
+    max_items: usize,
+}
+
+impl Parts {
+    /// For so many items.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn new(
+        device: &Device,
+        max_items: usize,
+        n_heads: usize,
+        head_dim: usize,
+    ) -> Result<Self, Error> {
+        Ok(Self { numbers: device.buffer(max_items * n_heads * (head_dim + 2))?, max_items })
+    }
+}
+
+/// The queries of one attention op, and where its result goes. Both `[rows, n_heads, head_dim]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Queries<'a> {
+    pub q: &'a Buffer<f32>,
+    pub heads: &'a Heads,
+    pub scale: f32,
+    pub out: &'a Buffer<f32>,
+}
+
+impl Queries<'_> {
+    fn check(&self, rows: Rows<'_>, cache: &KvCache) {
+        let n = rows.positions.len * self.heads.n_heads * cache.shape.head_dim;
+        assert!(
+            self.q.len() >= n && self.out.len() >= n && rows.first_blocks.len == rows.positions.len
+        );
+        assert_eq!(self.heads.n_kv_heads, cache.n_kv_heads, "KV heads of another cache");
+    }
+}
+
+/// Causal attention of rows, each over the splits of its items, and their sum. `items`: [`Item`]s as
+/// words; `first_items`: where the items of each row begin, and where the last end.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree.
+pub fn attend(
+    queries: Queries<'_>,
+    rows: Rows<'_>,
+    items: View<'_, u32>,
+    first_items: View<'_, u32>,
+    cache: &KvCache,
+    parts: &Parts,
+) -> Result<(), Error> {
+    queries.check(rows, cache);
+    let (n_items, head_dim) = (items.len / WORDS, cache.shape.head_dim);
+    let Heads { starts, n_heads, n_kv_heads } = queries.heads;
+    assert!(n_items <= parts.max_items && first_items.len == rows.positions.len + 1);
+    assert!(parts.numbers.len() >= n_items * n_heads * (head_dim + 2));
+    let arguments = Arguments::new()
+        .memory(queries.q)
+        .memory(&cache.pages)
+        .view(items)
+        .view(rows.positions)
+        .view(rows.first_blocks)
+        .view(rows.tables)
+        .memory(starts)
+        .memory(&parts.numbers)
+        .number(*n_heads)
+        .number(*n_kv_heads)
+        .float(queries.scale);
+    let shared = GROUP * (head_dim + SPLIT + 3) + ATTEND_WARPS * head_dim;
+    let geometry = Geometry::new(n_items, *n_kv_heads, 1).shared_floats(shared);
+    let device = cache.pages.device();
+    // SAFETY: rows, items and blocks are in their buffers, as `Rows` says; parts hold the items.
+    unsafe { launch(device, kernels::ATTEND, geometry, arguments) }?;
+    let arguments = Arguments::new()
+        .memory(&parts.numbers)
+        .view(first_items)
+        .memory(queries.out)
+        .number(*n_heads);
+    let geometry = Geometry::new(first_items.len - 1, *n_heads, 1);
+    // SAFETY: a block a row and head, within the output asserted.
+    unsafe { launch(device, kernels::MERGE_ATTENDED, geometry, arguments) }
+}
+
+/// Causal attention of many rows of a sequence at once, on tensor cores; of a cache in f16. `tiles`:
+/// [`Tile`]s as words.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree, or the cache is kept otherwise.
+pub fn attend_tiles(
+    queries: Queries<'_>,
+    rows: Rows<'_>,
+    tiles: View<'_, u32>,
+    cache: &KvCache,
+) -> Result<(), Error> {
+    queries.check(rows, cache);
+    let is_f16 = cache.shape.kv_format == crate::attention::Format::F16;
+    assert!(is_f16, "tensor cores read f16");
+    let Heads { starts, n_heads, n_kv_heads } = queries.heads;
+    let arguments = Arguments::new()
+        .memory(queries.q)
+        .memory(&cache.pages)
+        .view(tiles)
+        .view(rows.positions)
+        .view(rows.first_blocks)
+        .view(rows.tables)
+        .memory(starts)
+        .memory(queries.out)
+        .number(*n_heads)
+        .number(*n_kv_heads)
+        .float(queries.scale);
+    let geometry = Geometry::new(tiles.len / WORDS, *n_kv_heads, 1);
+    // SAFETY: rows and blocks are in their buffers, as `Rows` says; an output as asserted.
+    unsafe { launch(cache.pages.device(), kernels::ATTEND_TILES, geometry, arguments) }
+}

@@ -1,0 +1,160 @@
+//! Ops on rows of activations: norm, gate, rows by number, the likeliest tokens.
+
+use super::launch::{Arguments, Geometry, Kernel};
+use super::memory::{Buffer, Number};
+use super::{Device, Error, View, kernels};
+use crate::peaks::{STRETCH, n_peaks};
+
+/// `residual += delta`, if there is one; `out = residual / rms(residual) * weight`. All of
+/// `[n_rows, weight.len()]`.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree.
+pub fn rms_norm(
+    residual: &Buffer<f32>,
+    delta: Option<&Buffer<f32>>,
+    weight: &Buffer<f32>,
+    eps: f32,
+    out: &Buffer<f32>,
+    n_rows: usize,
+) -> Result<(), Error> {
+    let columns = weight.len();
+    let n = n_rows * columns;
+    assert!(residual.len() >= n && out.len() >= n && delta.is_none_or(|delta| delta.len() >= n));
+    let arguments = Arguments::new()
+        .memory(residual)
+        .memory_or_null(delta)
+        .memory(weight)
+        .memory(out)
+        .number(columns)
+        .float(eps);
+    let geometry = Geometry::new(n_rows, 1, 1).shared_floats(kernels::ROW_THREADS / 32);
+    // SAFETY: a block a row, within the lengths asserted; a float of shared memory for each warp.
+    unsafe { launch(out.device(), kernels::RMS_NORM, geometry, arguments) }
+}
+
+/// `out = silu(gate) * up`, `n` numbers.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If there are not so many.
+pub fn silu_gate(
+    gate: &Buffer<f32>,
+    up: &Buffer<f32>,
+    out: &Buffer<f32>,
+    n: usize,
+) -> Result<(), Error> {
+    assert!(gate.len() >= n && up.len() >= n && out.len() >= n);
+    let arguments = Arguments::new().memory(gate).memory(up).memory(out).number(n);
+    let geometry = Geometry::new(n.div_ceil(kernels::ROW_THREADS), 1, 1);
+    // SAFETY: the kernel stops at n, which all three hold.
+    unsafe { launch(out.device(), kernels::SILU_GATE, geometry, arguments) }
+}
+
+/// `out` = the sum of `parts`, `[n_parts, n]`, in order; zeros if there are none.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If there are not so many numbers.
+pub fn add_parts(
+    parts: &Buffer<f32>,
+    n_parts: usize,
+    out: &Buffer<f32>,
+    n: usize,
+) -> Result<(), Error> {
+    assert!(parts.len() >= n_parts * n && out.len() >= n);
+    let arguments = Arguments::new().memory(parts).memory(out).number(n).number(n_parts);
+    let geometry = Geometry::new(n.div_ceil(kernels::ROW_THREADS), 1, 1);
+    // SAFETY: the kernel stops at n, within the lengths asserted.
+    unsafe { launch(out.device(), kernels::ADD_PARTS, geometry, arguments) }
+}
+
+/// `out[i] = input[rows[i]]`, rows of `columns`.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If `out` is too small. The rows named must be among `input`'s; that is the caller's to know.
+pub fn take_rows(
+    input: &Buffer<f32>,
+    rows: View<'_, u32>,
+    out: &Buffer<f32>,
+    columns: usize,
+) -> Result<(), Error> {
+    assert!(out.len() >= rows.len * columns);
+    let arguments = Arguments::new().memory(input).view(rows).memory(out).number(columns);
+    let geometry = Geometry::new(rows.len, 1, 1);
+    // SAFETY: writes are within what was asserted; reads are the caller's, as documented.
+    unsafe { launch(out.device(), kernels::TAKE_ROWS, geometry, arguments) }
+}
+
+/// Of each row of logits `[n_rows, columns]` the largest and the bits of its index, of equals the
+/// lowest; if one is not finite, the first such. `out`: `[n_rows, 2]`.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree, or there are no columns.
+pub fn likeliest(
+    logits: &Buffer<f32>,
+    columns: usize,
+    out: &Buffer<f32>,
+    n_rows: usize,
+) -> Result<(), Error> {
+    assert!(columns > 0 && logits.len() >= n_rows * columns && out.len() >= 2 * n_rows);
+    let arguments = Arguments::new().memory(logits).memory(out).number(columns);
+    let geometry = Geometry::new(n_rows, 1, 1).shared_floats(3 * kernels::ROW_THREADS / 32);
+    // SAFETY: a block a row, within the lengths asserted; three words of shared memory a warp.
+    unsafe { launch(out.device(), kernels::LIKELIEST, geometry, arguments) }
+}
+
+/// The peaks (`crate::peaks`) of each row of logits. `out`: `[n_rows, n_peaks(columns)]`.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree.
+pub fn peaks(
+    logits: &Buffer<f32>,
+    columns: usize,
+    out: &Buffer<f32>,
+    n_rows: usize,
+) -> Result<(), Error> {
+    assert!(logits.len() >= n_rows * columns && out.len() >= n_rows * n_peaks(columns));
+    let arguments = Arguments::new().memory(logits).memory(out).number(columns);
+    let geometry = Geometry::new(columns.div_ceil(STRETCH), n_rows, 1);
+    // SAFETY: a warp for each stretch of each row, within the lengths asserted.
+    unsafe { launch(out.device(), kernels::PEAKS, geometry, arguments) }
+}
+
+/// Launches, unless the grid is empty.
+///
+/// # Safety
+/// The arguments are what the kernel takes, and its threads stay within their memory.
+pub(super) unsafe fn launch(
+    device: &Device,
+    kernel: Kernel,
+    geometry: Geometry,
+    mut arguments: Arguments,
+) -> Result<(), Error> {
+    if geometry.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: the caller's promise.
+    unsafe { device.driver().launch(kernel, geometry, &mut arguments) }
+}
+
+/// Panics unless all lie on one device.
+pub(super) fn assert_together<T: Number, U: Number>(one: &Buffer<T>, other: &Buffer<U>) {
+    assert!(one.device().is(other.device()), "buffers of two devices in one op");
+}
