@@ -49,6 +49,7 @@ pub(super) struct Segment {
 const _: () = assert!(LAG < PLACES && size_of::<Product>() == REGISTER && WINDOW == 8);
 
 /// The text of a macro for each row, which also names a register that is free then.
+#[rustfmt::skip]
 macro_rules! rows {
     (8, $each:ident $($args:tt)*) => {
         concat!(
@@ -70,6 +71,7 @@ macro_rules! rows {
 }
 
 /// Clears a row's sum.
+#[rustfmt::skip]
 macro_rules! clear {
     ($row:literal, $free:literal) => {
         concat!("vpxord zmm", $row, ", zmm", $row, ", zmm", $row, "\n")
@@ -77,6 +79,7 @@ macro_rules! clear {
 }
 
 /// Puts a row's start in its register.
+#[rustfmt::skip]
 macro_rules! begin {
     ($row:literal, $free:literal) => {
         concat!("vmovaps zmm", $row, ", [{start} + 64*", $row, "]\n")
@@ -84,86 +87,49 @@ macro_rules! begin {
 }
 
 /// Adds a row's product, times the run's scale; that in place `$place` is of run `$run`.
+#[rustfmt::skip]
 macro_rules! add {
     ($row:literal, $free:literal, one, $run:literal, $place:literal) => {
         concat!(
-            "vcvtdq2ps zmm",
-            $free,
-            ", [{p} + 1024*",
-            $place,
-            " + 64*",
-            $row,
-            "]\n",
-            "vfmadd231ps zmm",
-            $row,
-            ", zmm",
-            $free,
-            ", zmm31\n",
+            "vcvtdq2ps zmm", $free, ", [{p} + 1024*", $place, " + 64*", $row, "]\n",
+            "vfmadd231ps zmm", $row, ", zmm", $free, ", zmm31\n",
         )
     };
     ($row:literal, $free:literal, two, $run:literal, $place:literal) => {
         concat!(
-            "vpslld zmm",
-            $free,
-            ", [{p} + 1024*(2*",
-            $place,
-            ") + 64*",
-            $row,
-            "], 4\n",
-            "vpaddd zmm",
-            $free,
-            ", zmm",
-            $free,
-            ", [{p} + 1024*(2*",
-            $place,
-            " + 1) + 64*",
-            $row,
+            "vpslld zmm", $free, ", [{p} + 1024*(2*", $place, ") + 64*", $row, "], 4\n",
+            "vpaddd zmm", $free, ", zmm", $free, ", [{p} + 1024*(2*", $place, " + 1) + 64*", $row,
             "]\n",
-            "vcvtdq2ps zmm",
-            $free,
-            ", zmm",
-            $free,
-            "\n",
-            "vfmadd231ps zmm",
-            $row,
-            ", zmm",
-            $free,
-            ", zmm31\n",
+            "vcvtdq2ps zmm", $free, ", zmm", $free, "\n",
+            "vfmadd231ps zmm", $row, ", zmm", $free, ", zmm31\n",
         )
     };
 }
 
 /// Adds the run's min times the sum of a row's activations.
+#[rustfmt::skip]
 macro_rules! add_min {
     ($row:literal, $free:literal, $run:literal) => {
         concat!(
-            "vfmadd231ps zmm",
-            $row,
-            ", zmm30, dword ptr [{sums} + 64*",
-            $run,
-            " + 4*",
-            $row,
+            "vfmadd231ps zmm", $row, ", zmm30, dword ptr [{sums} + 64*", $run, " + 4*", $row,
             "]{{1to16}}\n",
         )
     };
 }
 
 /// All rows of a run.
+#[rustfmt::skip]
 macro_rules! sum {
     ($rows:tt, $terms:ident, plain, $f:ident, $run:literal, $place:literal) => {
         concat!(
-            "vmovaps zmm31, [{scales} + 64*",
-            $run,
-            "]\n",
+            "vmovaps zmm31, [{scales} + 64*", $run, "]\n",
             fetch!($f, $terms, $run),
             rows!($rows, add, $terms, $run, $place),
         )
     };
     ($rows:tt, $terms:ident, min, $f:ident, $run:literal, $place:literal) => {
         concat!(
-            "vmovaps zmm30, [{scales} + 512 + 64*",
-            $run,
-            "]\n",
+            "vmovaps zmm30, [{scales} + 512 + 64*", $run, "]\n",
             sum!($rows, $terms, plain, $f, $run, $place),
             rows!($rows, add_min, $run),
         )
@@ -172,6 +138,7 @@ macro_rules! sum {
 
 /// Multiplies a run of these segment's operands, or of the next one's; pairs of products go to
 /// registers 0 and 1 or, of the other parity, 2 and 3.
+#[rustfmt::skip]
 macro_rules! product {
     ($terms:ident, $x:literal, $run:literal, $parity:ident) => {
         product!($terms, $x, $run, $parity, "a", "w")
@@ -196,31 +163,10 @@ macro_rules! product {
         $w:literal
     ) => {
         concat!(
-            "tileloadd tmm",
-            $a,
-            ", [{",
-            $from,
-            "} + {line} + 1024*",
-            $run,
-            "]\n",
-            "tileloadd tmm",
-            $b,
-            ", [{",
-            $w,
-            "} + {line} + 1024*",
-            $run,
-            "]\n",
-            "tilezero tmm",
-            $sum,
-            "\n",
-            $x,
-            " tmm",
-            $sum,
-            ", tmm",
-            $a,
-            ", tmm",
-            $b,
-            "\n",
+            "tileloadd tmm", $a, ", [{", $from, "} + {line} + 1024*", $run, "]\n",
+            "tileloadd tmm", $b, ", [{", $w, "} + {line} + 1024*", $run, "]\n",
+            "tilezero tmm", $sum, "\n",
+            $x, " tmm", $sum, ", tmm", $a, ", tmm", $b, "\n",
         )
     };
     (
@@ -228,46 +174,19 @@ macro_rules! product {
         $w:literal
     ) => {
         concat!(
-            "tileloadd tmm4, [{",
-            $from,
-            "} + {line} + 1024*",
-            $run,
-            "]\n",
-            "tileloadd tmm",
-            $b,
-            ", [{",
-            $w,
-            "} + {line} + 1024*",
-            $run,
-            "]\n",
-            "tilezero tmm",
-            $high,
-            "\n",
-            $x,
-            " tmm",
-            $high,
-            ", tmm4, tmm",
-            $b,
-            "\n",
-            "tileloadd tmm5, [{",
-            $from,
-            "} + {line} + 1024*",
-            $run,
-            " + 32]\n",
-            "tilezero tmm",
-            $low,
-            "\n",
-            $x,
-            " tmm",
-            $low,
-            ", tmm5, tmm",
-            $b,
-            "\n",
+            "tileloadd tmm4, [{", $from, "} + {line} + 1024*", $run, "]\n",
+            "tileloadd tmm", $b, ", [{", $w, "} + {line} + 1024*", $run, "]\n",
+            "tilezero tmm", $high, "\n",
+            $x, " tmm", $high, ", tmm4, tmm", $b, "\n",
+            "tileloadd tmm5, [{", $from, "} + {line} + 1024*", $run, " + 32]\n",
+            "tilezero tmm", $low, "\n",
+            $x, " tmm", $low, ", tmm5, tmm", $b, "\n",
         )
     };
 }
 
 /// Fetches ahead, evenly.
+#[rustfmt::skip]
 macro_rules! fetch {
     (far, $terms:ident, $run:literal) => { "" };
     (near, one, $run:literal) => { fetch!("256", $run, "0", "64", "128", "192") };
@@ -280,6 +199,7 @@ macro_rules! fetch {
 }
 
 /// Stores what [`product`] made.
+#[rustfmt::skip]
 macro_rules! keep {
     (one, $place:literal, even) => {
         keep!($place, "0")
@@ -298,46 +218,26 @@ macro_rules! keep {
     };
     ($place:literal, $high:literal, $low:literal) => {
         concat!(
-            "tilestored [{p} + {line} + 1024*(2*",
-            $place,
-            ")], tmm",
-            $high,
-            "\n",
-            "tilestored [{p} + {line} + 1024*(2*",
-            $place,
-            " + 1)], tmm",
-            $low,
-            "\n",
+            "tilestored [{p} + {line} + 1024*(2*", $place, ")], tmm", $high, "\n",
+            "tilestored [{p} + {line} + 1024*(2*", $place, " + 1)], tmm", $low, "\n",
         )
     };
 }
 
 /// Adds a row's sum, scaled.
+#[rustfmt::skip]
 macro_rules! end {
     ($row:literal, $free:literal) => {
         concat!(
-            "vmovaps zmm",
-            $free,
-            ", [{from} + 64*",
-            $row,
-            "]\n",
-            "vfmadd231ps zmm",
-            $free,
-            ", zmm",
-            $row,
-            ", dword ptr [{d} + 4*",
-            $row,
-            "]{{1to16}}\n",
-            "vmovaps [{to} + 64*",
-            $row,
-            "], zmm",
-            $free,
-            "\n",
+            "vmovaps zmm", $free, ", [{from} + 64*", $row, "]\n",
+            "vfmadd231ps zmm", $free, ", zmm", $row, ", dword ptr [{d} + 4*", $row, "]{{1to16}}\n",
+            "vmovaps [{to} + 64*", $row, "], zmm", $free, "\n",
         )
     };
 }
 
 /// The order of work: products, their stores one later, their sums [`LAG`] later.
+#[rustfmt::skip]
 macro_rules! order {
     (1, $rows:tt, $t:ident, $m:ident, $x:literal) => {
         concat!(
