@@ -6,7 +6,7 @@
 //! zero. At the end of a leaf the terms' sums are added. Reading bounds a small batch, so there is
 //! no other kernel for it.
 //!
-//! A pass takes the groups of a chunk with some tiles. Work goes in windows of columns: what is next
+//! A pass takes the groups of a chunk with two tiles. Work goes in windows of columns: what is next
 //! of a tile is fetched while the first groups multiply it, and the sums of narrow windows wait in
 //! memory.
 
@@ -28,9 +28,6 @@ const WINDOW: usize = 64;
 
 /// Squares of a pass, each two groups with two tiles.
 const MAX_SQUARES: usize = 8;
-
-/// Tiles of a pass, at most.
-const MAX_TILES: usize = 8;
 
 /// Bytes of a tile's block: one register.
 const TILE_BLOCK: usize = TILE_ROWS * BLOCK * 2;
@@ -81,9 +78,8 @@ pub(super) unsafe fn run<const TERMS: usize>(
     SCRATCH.with_borrow_mut(|scratch| {
         for first in groups.clone().step_by(2 * MAX_SQUARES) {
             let groups = first..groups.end.min(first + 2 * MAX_SQUARES);
-            let at_once = (MAX_SQUARES / groups.len().div_ceil(2) * 2).min(MAX_TILES);
-            for tile in tiles.clone().step_by(at_once) {
-                let tiles = tile..tiles.end.min(tile + at_once);
+            for tile in tiles.clone().step_by(2) {
+                let tiles = tile..tiles.end.min(tile + 2);
                 let pass = Pass { w, groups: groups.clone(), tiles, end_row: rows.end, task };
                 // SAFETY: by the caller's promise.
                 unsafe { pass.run::<TERMS>(scratch) };
