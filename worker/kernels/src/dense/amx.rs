@@ -88,7 +88,7 @@ pub(super) unsafe fn run<const TERMS: usize>(
     });
 }
 
-/// Some groups of rows with some tiles, as squares.
+/// Some groups of rows with two tiles, as squares; a tile alone is taken twice.
 struct Pass<'a> {
     w: &'a Dense,
     groups: Range<usize>,
@@ -101,16 +101,11 @@ impl Pass<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn run<const TERMS: usize>(&self, scratch: &mut Scratch) {
         for window in windows(self.task.sum, WINDOW) {
-            for tile in self.tiles.clone().step_by(2) {
-                for group in self.groups.clone().step_by(2) {
-                    let nth_tile = (tile - self.tiles.start) / 2;
-                    let nth =
-                        (group - self.groups.start) / 2 * self.tiles.len().div_ceil(2) + nth_tile;
-                    // SAFETY: the registers are configured.
-                    unsafe { self.multiply(&window, group, tile, &mut scratch.squares[nth]) };
-                    if let Some(end) = &window.leaf_end {
-                        self.end_leaf::<TERMS>(end, group, tile, nth, scratch);
-                    }
+            for (nth, group) in self.groups.clone().step_by(2).enumerate() {
+                // SAFETY: the registers are configured.
+                unsafe { self.multiply(&window, group, &mut scratch.squares[nth]) };
+                if let Some(end) = &window.leaf_end {
+                    self.end_leaf::<TERMS>(end, group, nth, scratch);
                 }
             }
         }
@@ -121,11 +116,10 @@ impl Pass<'_> {
     /// # Safety
     /// The registers are configured.
     #[inline]
-    unsafe fn multiply(&self, window: &Window, group: usize, tile: usize, square: &mut Square) {
+    unsafe fn multiply(&self, window: &Window, group: usize, square: &mut Square) {
         let n = window.blocks.len();
-        let last_tile = (tile + 1).min(self.tiles.end - 1);
         let last_group = (group + 1).min(self.groups.end - 1);
-        let weights = [tile, last_tile].map(|tile| {
+        let weights = [self.tiles.start, self.tiles.end - 1].map(|tile| {
             let blocks = &self.w.tile(tile)[window.blocks.start * TILE_BLOCK..];
             blocks[..n * TILE_BLOCK].as_ptr()
         });
@@ -161,13 +155,12 @@ impl Pass<'_> {
         &self,
         end: &LeafEnd,
         group: usize,
-        tile: usize,
         nth: usize,
         scratch: &mut Scratch,
     ) {
         let first_row = group * (GROUP / TERMS);
         let n_rows = (self.end_row - first_row).min(2 * GROUP / TERMS);
-        for t in 0..(self.tiles.end - tile).min(2) {
+        for t in 0..self.tiles.len() {
             for row in 0..n_rows {
                 let mut sum = scratch.squares[nth].row::<TERMS>(t, row);
                 for left in scratch.stack[end.left.clone()].iter().rev() {
@@ -175,7 +168,7 @@ impl Pass<'_> {
                     sum = std::array::from_fn(|lane| left[lane] + sum[lane]);
                 }
                 if end.is_whole {
-                    self.task.store(end.part, first_row + row, tile + t, &sum);
+                    self.task.store(end.part, first_row + row, self.tiles.start + t, &sum);
                 } else {
                     scratch.stack[end.left.start][nth][t][row] = sum;
                 }

@@ -153,7 +153,8 @@ unsafe fn configure<B: Blocks>(rows: usize) -> Registers {
     }
 }
 
-/// One or two tiles of weights and up to [`MAX_GROUPS`] groups of activations.
+/// Up to [`MAX_TILES`] tiles of weights and [`MAX_GROUPS`] groups of activations, [`MAX_SUMS`] pairs at
+/// most.
 struct Pass<'a, 'b> {
     tiles: &'b [TileWeights<'b>],
     groups: &'b [Option<Group<'a>>; MAX_GROUPS],
