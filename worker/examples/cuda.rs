@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use evener_collective::{Mesh, Options as MeshOptions};
 use evener_kernels::attention::Format as KvFormat;
-use evener_kernels::cuda::linear::{Activations, Parts, Projection, linear};
+use evener_kernels::cuda::activations::Activations;
+use evener_kernels::cuda::linear::{Parts, Projection, Scratch, linear};
 use evener_kernels::cuda::matrix::Matrix;
 use evener_kernels::cuda::{Device, Place, Shape};
 use evener_kernels::matrix::{Source, Unpacked};
@@ -173,10 +174,10 @@ fn ceilings(place: Place, sizes: &Sizes) -> Result<Ceilings, Failure> {
         input.upload(at * n, &row)?;
     }
     let (parts, out) = (Parts::new(&device, [n])?, device.buffer::<f32>(n * n)?);
-    let activations = Activations::new(&device, n, n)?;
+    let (activations, scratch) = (Activations::new(&device, n, n)?, Scratch::new(&device, n)?);
     let projection = Projection { weight: &weight, parts: &parts, out: &out };
     let product = seconds(sizes.patience, || {
-        linear(&input, n, n, &activations, &[projection])?;
+        linear(&input, n, n, &activations, &scratch, &[projection])?;
         Ok(device.synchronise()?)
     })?;
     let flops_per_second = 2.0 * (n as f64).powi(3) / product;

@@ -30,9 +30,9 @@ const F32_TOLERANCE: f64 = 5e-6;
 /// half a step is 1/254 of the block's largest; over a row the errors partly cancel.
 const INT8_TOLERANCE: f64 = 1e-2;
 
-/// Of the largest number of an output, where the CUDA kernels round activations to 16 bits in runs of
-/// 32: a quarter of a percent of the CPU's step.
-const INT16_TOLERANCE: f64 = 5e-5;
+/// Of the largest number of an output, where the CUDA kernels round activations to f16: half a step is
+/// 1/4096 of a number, and errors partly cancel.
+const F16_TOLERANCE: f64 = 5e-4;
 /// Of the largest number of an output, where the CUDA kernels round activations to bf16 because more
 /// than 32 tokens meet weights of bf16: half a step is 1/512 of a number, and errors partly cancel.
 const BF16_TOLERANCE: f64 = 1e-2;
@@ -191,7 +191,7 @@ fn has_int8_kernel(format: GgmlDType) -> bool {
 fn tolerance(kind: Kind, format: GgmlDType) -> f64 {
     match kind {
         Kind::Cpu if has_int8_kernel(format) => INT8_TOLERANCE,
-        Kind::Cuda(_) if has_int8_kernel(format) => INT16_TOLERANCE,
+        Kind::Cuda(_) if has_int8_kernel(format) => F16_TOLERANCE,
         Kind::Cuda(_) if format == GgmlDType::BF16 => BF16_TOLERANCE,
         Kind::Reference | Kind::Cpu | Kind::Cuda(_) => F32_TOLERANCE,
     }

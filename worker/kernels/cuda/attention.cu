@@ -1,19 +1,257 @@
 // Attention over the paged cache (cache.cu): `attend` for few rows of long sequences, whose parts it spreads over blocks,
-// and `merge_attended` which adds them; `attend_tiles` for many rows of one sequence, on tensor cores.
+// and `merge_attended` which adds them; `attend_tiles` for many rows of one sequence. Of a cache in f16 on tensor cores.
 
+// Positions that a block of `attend` takes at once, and query heads that read one KV head together.
+#if KV_FORMAT == 0
+#define ATTEND_THREADS 128
+#define SPLIT 64
+#define GROUP 16
+#else
 #define ATTEND_THREADS 256
-#define ATTEND_WARPS 8
-// Positions that a block takes at once: 32 a warp.
 #define SPLIT 256
-// Query heads that read one KV head together.
 #define GROUP 8
+#endif
+#define ATTEND_WARPS (ATTEND_THREADS / 32)
 #define CHUNKS (HEAD_DIM / 32)
 #define MINUS_INFINITY float_of(0xff800000u)
+// Numbers of a part: the values' sums, the largest score, the sum of weights, and two that are nothing.
+#define PART (HEAD_DIM + 4)
 
 // What one block does: some splits of one row's sequence.
 struct Item {
     u32 row, first_split, n_splits, reserved;
 };
+
+#if KV_FORMAT == 0
+
+// Attention of sixteen query vectors by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), as a warp holds it.
+// Vectors g and g + 8 of lane 4g + t; columns 8n + 2t and the one after it.
+struct Attending {
+    u32 queries[HEAD_DIM / 16][4]; // f16; of 32 columns lane t has 8t to 8t + 7
+    float sums[HEAD_DIM / 8][4];
+    float top[2], total[2]; // the largest score so far, and this lane's share of the sum of weights
+};
+
+// `from`: where the vectors g and g + 8 begin, null for zeros.
+DEVICE void start(Attending& at, const float* const from[2], float scale, u32 t) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        for (int row = 0; row < 2; row++) {
+            float4 v[2] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+            if (from[row]) {
+                for (int i = 0; i < 2; i++) v[i] = ((const float4*)(from[row] + c * 32))[t * 2 + i];
+            }
+            for (int i = 0; i < 2; i++) {
+                at.queries[2 * c + i][row] =
+                    pair(float_to_half_saturated(v[i].x * scale), float_to_half_saturated(v[i].y * scale));
+                at.queries[2 * c + i][2 + row] =
+                    pair(float_to_half_saturated(v[i].z * scale), float_to_half_saturated(v[i].w * scale));
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) {
+        for (int i = 0; i < 4; i++) at.sums[n][i] = 0.0f;
+    }
+    for (int i = 0; i < 2; i++) at.top[i] = MINUS_INFINITY, at.total[i] = 0.0f;
+}
+
+// One KV block, which begins at `first_position` and of which `n_there` positions are known. Vectors see positions up to
+// `last`, at least one of the blocks so far.
+DEVICE void attend_block(Attending& at, u8* cache, u32 page, u32 first_position, u32 n_there, const u32 last[2], u32 lane) {
+    const u32 g = lane / 4, t = lane % 4;
+    // Column g of the first tile of scores is position 4(g/2) + g%2, of the second two positions on: so a lane gets the
+    // scores of positions 4t to 4t + 3, which are neighbours among the values.
+    const uint4* keys = (const uint4*)keys_of(cache, page);
+    const uint2* values = (const uint2*)values_of(cache, page);
+    uint4 key[2][CHUNKS];
+    uint2 value[HEAD_DIM / 8];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        for (int c = 0; c < CHUNKS; c++) key[n][c] = keys[(g / 2 * 4 + g % 2 + 2 * n) * (HEAD_DIM / 8) + c * 4 + t];
+    }
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) value[n] = values[(n * 8 + g) * (BLOCK_LEN / 4) + t];
+    float scores[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const u32 *first = at.queries[2 * c], *second = at.queries[2 * c + 1];
+        for (int n = 0; n < 2; n++) {
+            mma_f16(scores[n], first[0], first[1], first[2], first[3], key[n][c].x, key[n][c].y);
+            mma_f16(scores[n], second[0], second[1], second[2], second[3], key[n][c].z, key[n][c].w);
+        }
+    }
+    float higher[2] = {at.top[0], at.top[1]};
+    for (int n = 0; n < 2; n++) {
+        for (int i = 0; i < 4; i++) {
+            // What lies beyond is unknown, and may be no number.
+            if (first_position + 4 * t + 2 * n + i % 2 > last[i / 2]) scores[n][i] = MINUS_INFINITY;
+            higher[i / 2] = fmaxf(higher[i / 2], scores[n][i]);
+        }
+    }
+    float worth[2];
+    for (int i = 0; i < 2; i++) {
+        higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], 1));
+        higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], 2)); // finite: a position was seen
+        worth[i] = exponential(at.top[i] - higher[i]);
+        at.top[i] = higher[i];
+        at.total[i] *= worth[i];
+    }
+    u32 weights[4];
+    for (int n = 0; n < 2; n++) {
+        for (int i = 0; i < 2; i++) {
+            const float w0 = exponential(scores[n][2 * i] - higher[i]), w1 = exponential(scores[n][2 * i + 1] - higher[i]);
+            at.total[i] += w0 + w1;
+            weights[2 * n + i] = pair(float_to_half(w0), float_to_half(w1));
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) {
+        u32 low = value[n].x, high = value[n].y;
+        if (n_there < BLOCK_LEN) { // unknown values are taken as zeros
+            if (4 * t >= n_there) low = 0;
+            if (4 * t + 1 >= n_there) low &= 0xffffu;
+            if (4 * t + 2 >= n_there) high = 0;
+            if (4 * t + 3 >= n_there) high &= 0xffffu;
+        }
+        for (int i = 0; i < 4; i++) at.sums[n][i] *= worth[i / 2];
+        mma_f16(at.sums[n], weights[0], weights[1], weights[2], weights[3], low, high);
+    }
+}
+
+// To the sums of weights over all lanes of a vector.
+DEVICE void finish(Attending& at) {
+    for (int i = 0; i < 2; i++) {
+        at.total[i] += shuffle_xor(at.total[i], 1);
+        at.total[i] += shuffle_xor(at.total[i], 2);
+    }
+}
+
+// Of each item and query head of the KV head: the largest score, the sum of e^(score - largest), and the values' sum with
+// those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
+// the last end. `tables`: KV blocks of each sequence, `first_blocks`: where a row's run of them begins. `parts`:
+// [item][head][PART].
+//
+// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1].
+KERNEL(ATTEND_THREADS)
+attend(const float* q, u8* cache, const Item* items, const u32* positions, const u32* first_blocks, const u32* tables,
+       const u32* heads, float* parts, u32 n_heads, u32 n_kv_heads, float scale) {
+    depend();
+    float* tops = (float*)shared_memory();
+    float* place = tops + ATTEND_WARPS * GROUP;
+    const Item item = items[blockIdx.x];
+    if (item.n_splits == 0) return; // it pads the bucket
+    const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 position = positions[item.row], last[2] = {position, position};
+    const u32* table = tables + first_blocks[item.row];
+    for (u32 first_head = heads[kv_head]; first_head < heads[kv_head + 1]; first_head += GROUP) {
+        const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
+        const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
+        const float* from[2];
+        for (int i = 0; i < 2; i++) from[i] = g + 8 * i < n_queries ? of_row + (g + 8 * i) * HEAD_DIM : (const float*)0;
+        Attending at;
+        start(at, from, scale, t);
+        for (u32 i = 0; i < item.n_splits; i++) {
+            const u32 block = (item.first_split + i) * (SPLIT / BLOCK_LEN) + warp, first_position = block * BLOCK_LEN;
+            if (first_position > position) break;
+            const u32 n_there = min(BLOCK_LEN, position + 1 - first_position);
+            attend_block(at, cache, table[block] * n_kv_heads + kv_head, first_position, n_there, last, lane);
+        }
+        finish(at);
+        block_sync(); // the last heads' parts are written
+        for (int i = 0; i < 2; i++) {
+            if (t == 0) tops[warp * GROUP + g + 8 * i] = at.top[i];
+        }
+        block_sync();
+        float top[2], worth[2];
+        for (int i = 0; i < 2; i++) {
+            top[i] = MINUS_INFINITY;
+            for (u32 w = 0; w < ATTEND_WARPS; w++) top[i] = fmaxf(top[i], tops[w * GROUP + g + 8 * i]);
+            worth[i] = exponential(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
+        }
+        for (u32 w = 0; w < ATTEND_WARPS; w++) { // in order
+            if (w == warp) {
+#pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n++) {
+                    for (int i = 0; i < 4; i++) {
+                        float* to = place + (g + i / 2 * 8) * (HEAD_DIM + 1) + n * 8 + 2 * t + i % 2;
+                        const float sum = at.sums[n][i] * worth[i / 2];
+                        *to = w == 0 ? sum : *to + sum;
+                    }
+                }
+                for (int i = 0; i < 2; i++) {
+                    float* to = place + (g + 8 * i) * (HEAD_DIM + 1) + HEAD_DIM;
+                    const float total = at.total[i] * worth[i];
+                    if (t == 0) *to = w == 0 ? total : *to + total;
+                }
+            }
+            block_sync();
+        }
+        float* part = parts + ((u64)blockIdx.x * n_heads + first_head) * PART;
+        for (u32 i = threadIdx.x; i < n_queries * HEAD_DIM; i += ATTEND_THREADS) {
+            part[i / HEAD_DIM * PART + i % HEAD_DIM] = place[i / HEAD_DIM * (HEAD_DIM + 1) + i % HEAD_DIM];
+        }
+        if (warp == 0 && t == 0) {
+            for (int i = 0; i < 2; i++) {
+                if (g + 8 * i >= n_queries) continue;
+                part[(g + 8 * i) * PART + HEAD_DIM] = top[i];
+                part[(g + 8 * i) * PART + HEAD_DIM + 1] = place[(g + 8 * i) * (HEAD_DIM + 1) + HEAD_DIM];
+            }
+        }
+    }
+}
+
+#define TILE_THREADS 128
+// Query vectors of a block: sixteen a warp.
+#define TILE_VECTORS 64
+
+// What one block does: of the rows `first_row..first_row + n_rows` of one sequence, 64 query vectors for each KV head.
+// Vectors are counted row by row, the query heads of a KV head side by side.
+struct Tile {
+    u32 first_row, n_rows, first_vector, reserved;
+};
+
+// Attention of many rows. Grid: tiles, KV heads.
+KERNEL(TILE_THREADS)
+attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions, const u32* first_blocks, const u32* tables,
+             const u32* heads, float* out, u32 n_heads, u32 n_kv_heads, float scale) {
+    depend();
+    const Tile tile = tiles[blockIdx.x];
+    const u32 kv_head = blockIdx.y, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 group = heads[kv_head + 1] - heads[kv_head], n_vectors = tile.n_rows * group;
+    const u32 first = tile.first_vector + threadIdx.x / 32 * 16;
+    if (first >= n_vectors) return;
+    const u32* table = tables + first_blocks[tile.first_row];
+    // What is beyond the last vector repeats it, and is not written.
+    u64 begin[2];
+    const float* from[2];
+    u32 last[2];
+    for (int i = 0; i < 2; i++) {
+        const u32 vector = min(first + g + 8 * i, n_vectors - 1), row = tile.first_row + vector / group;
+        begin[i] = ((u64)row * n_heads + heads[kv_head] + vector % group) * HEAD_DIM;
+        from[i] = q + begin[i];
+        last[i] = positions[row];
+    }
+    const u32 last_vector = min(first + 15, n_vectors - 1);
+    const u32 context = positions[tile.first_row + last_vector / group] + 1;
+    Attending at;
+    start(at, from, scale, t);
+    for (u32 block = 0; block * BLOCK_LEN < context; block++) {
+        const u32 n_there = min(BLOCK_LEN, context - block * BLOCK_LEN);
+        attend_block(at, cache, table[block] * n_kv_heads + kv_head, block * BLOCK_LEN, n_there, last, lane);
+    }
+    finish(at);
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) {
+        for (int i = 0; i < 2; i++) {
+            if (first + g + 8 * i >= n_vectors) continue;
+            const float2 two = {at.sums[n][2 * i] / at.total[i], at.sums[n][2 * i + 1] / at.total[i]};
+            *(float2*)(out + begin[i] + n * 8 + 2 * t) = two;
+        }
+    }
+}
+
+#else
 
 // Four neighbouring columns of a key.
 DEVICE float4 four_of(const Kept* at) {
@@ -30,16 +268,14 @@ DEVICE float4 four_of(const Kept* at) {
 #endif
 }
 
-// Of each item and query head of the KV head: the largest score, the sum of e^(score - largest), and the values' sum with
-// those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
-// the last end. `tables`: KV blocks of each sequence, `first_blocks`: where a row's run of them begins. `parts`:
-// [item][head][HEAD_DIM + 2]: the values' sums, the largest, the sum.
+// As above, of a cache that tensor cores do not read.
 //
 // Shared: queries [GROUP][HEAD_DIM], scores [GROUP][SPLIT], a place for sums [ATTEND_WARPS][HEAD_DIM], of GROUP the
 // largest, the sum and what the last largest is worth.
 KERNEL(ATTEND_THREADS)
-attend(const float* q, u8* cache, const Item* items, const u32* positions, const u32* first_blocks, const u32* tables,
-       const u32* heads, float* parts, u32 n_heads, u32 n_kv_heads, float scale) {
+attend_plain(const float* q, u8* cache, const Item* items, const u32* positions, const u32* first_blocks,
+             const u32* tables, const u32* heads, float* parts, u32 n_heads, u32 n_kv_heads, float scale) {
+    depend();
     float* queries = (float*)shared_memory();
     float* scores = queries + GROUP * HEAD_DIM;
     float* place = scores + GROUP * SPLIT;
@@ -157,7 +393,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* positions, const
             for (int c = 0; c < CHUNKS; c++) place[warp * HEAD_DIM + c * 32 + lane] = values[j][c];
             block_sync();
             if ((u32)j >= n_queries) continue;
-            float* part = parts + ((u64)blockIdx.x * n_heads + first_head + j) * (HEAD_DIM + 2);
+            float* part = parts + ((u64)blockIdx.x * n_heads + first_head + j) * PART;
             for (u32 i = threadIdx.x; i < HEAD_DIM; i += ATTEND_THREADS) {
                 float sum = 0.0f;
                 for (u32 w = 0; w < ATTEND_WARPS; w++) sum += place[w * HEAD_DIM + i];
@@ -171,144 +407,49 @@ attend(const float* q, u8* cache, const Item* items, const u32* positions, const
     }
 }
 
-// The parts of a row, in order, to its attention. Grid: rows, heads. `first_items`: where the items of each row begin, and
-// where the last end; a row without items is left alone.
-KERNEL(ROPE_THREADS)
-merge_attended(const float* parts, const u32* first_items, float* out, u32 n_heads) {
-    const u32 row = blockIdx.x, head = blockIdx.y;
+#endif
+
+#define MERGE_THREADS 128
+#define MERGE_WARPS (MERGE_THREADS / 32)
+
+// The parts of a row, to its attention. Grid: rows, heads. `first_items`: where the items of each row begin, and where the
+// last end; a row without items is left alone. Each warp adds up every MERGE_WARPS-th part, in order; then the warps' sums
+// are added in order. Shared: [MERGE_WARPS][HEAD_DIM + 4].
+KERNEL(MERGE_THREADS)
+merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads) {
+    depend();
+    float* place = (float*)shared_memory();
+    const u32 row = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 first = first_items[row], end = first_items[row + 1];
     if (first == end) return;
     float top = MINUS_INFINITY;
-    for (u32 item = first; item < end; item++) {
-        top = fmaxf(top, parts[((u64)item * n_heads + head) * (HEAD_DIM + 2) + HEAD_DIM]);
+    for (u32 item = first + lane; item < end; item += 32) {
+        top = fmaxf(top, parts[((u64)item * n_heads + head) * PART + HEAD_DIM]);
     }
-    float total = 0.0f;
-    for (u32 item = first; item < end; item++) {
-        const float* part = parts + ((u64)item * n_heads + head) * (HEAD_DIM + 2);
-        total += part[HEAD_DIM + 1] * exponential(part[HEAD_DIM] - top);
+    top = warp_max(top);
+    float sums[CHUNKS], total = 0.0f;
+    for (int c = 0; c < CHUNKS; c++) sums[c] = 0.0f;
+    for (u32 item = first + warp; item < end; item += MERGE_WARPS) {
+        const float* part = parts + ((u64)item * n_heads + head) * PART;
+        const float weight = exponential(part[HEAD_DIM] - top);
+        total = fmaf(part[HEAD_DIM + 1], weight, total);
+        for (int c = 0; c < CHUNKS; c++) sums[c] = fmaf(part[c * 32 + lane], weight, sums[c]);
     }
-    for (u32 i = threadIdx.x; i < HEAD_DIM; i += ROPE_THREADS) {
-        float sum = 0.0f;
-        for (u32 item = first; item < end; item++) {
-            const float* part = parts + ((u64)item * n_heads + head) * (HEAD_DIM + 2);
-            sum = fmaf(part[i], exponential(part[HEAD_DIM] - top), sum);
+    for (int c = 0; c < CHUNKS; c++) place[warp * PART + c * 32 + lane] = sums[c];
+    if (lane == 0) place[warp * PART + HEAD_DIM] = total;
+    block_sync();
+    const u32 column = threadIdx.x * 4;
+    if (column / 128 * 128 >= HEAD_DIM) return; // whole warps
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    const bool is_there = column < HEAD_DIM;
+    if (is_there) {
+        float all = 0.0f;
+        for (u32 w = 0; w < MERGE_WARPS; w++) {
+            const float4 of_warp = *(const float4*)(place + w * PART + column);
+            v = {v.x + of_warp.x, v.y + of_warp.y, v.z + of_warp.z, v.w + of_warp.w};
+            all += place[w * PART + HEAD_DIM];
         }
-        out[((u64)row * n_heads + head) * HEAD_DIM + i] = sum / total;
+        v = {v.x / all, v.y / all, v.z / all, v.w / all};
     }
+    make(to, row, (head * HEAD_DIM + column) / RUN, threadIdx.x % 8, v, is_there);
 }
-
-#if KV_FORMAT == 0
-
-#define TILE_THREADS 128
-// Query vectors of a block: sixteen a warp.
-#define TILE_VECTORS 64
-
-// What one block does: of the rows `first_row..first_row + n_rows` of one sequence, 64 query vectors for each KV head.
-// Vectors are counted row by row, the query heads of a KV head side by side.
-struct Tile {
-    u32 first_row, n_rows, first_vector, reserved;
-};
-
-// Attention of many rows, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over one KV block after the
-// other. Queries, weights and what is cached are f16; sums are f32. Grid: tiles, KV heads.
-KERNEL(TILE_THREADS)
-attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions, const u32* first_blocks, const u32* tables,
-             const u32* heads, float* out, u32 n_heads, u32 n_kv_heads, float scale) {
-    const Tile tile = tiles[blockIdx.x];
-    const u32 kv_head = blockIdx.y, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u32 group = heads[kv_head + 1] - heads[kv_head], n_vectors = tile.n_rows * group;
-    const u32 first = tile.first_vector + threadIdx.x / 32 * 16;
-    if (first >= n_vectors) return;
-    const u32* table = tables + first_blocks[tile.first_row];
-    // Of this lane's two vectors, g and g + 8: where they begin, and the last position they see. What is beyond the last
-    // vector repeats it, and is not written.
-    u64 at[2];
-    u32 last[2];
-    for (int i = 0; i < 2; i++) {
-        const u32 vector = min(first + g + 8 * i, n_vectors - 1), row = tile.first_row + vector / group;
-        at[i] = ((u64)row * n_heads + heads[kv_head] + vector % group) * HEAD_DIM;
-        last[i] = positions[row];
-    }
-    const u32 last_vector = min(first + 15, n_vectors - 1);
-    const u32 context = positions[tile.first_row + last_vector / group] + 1;
-    u32 queries[HEAD_DIM / 16][4];
-#pragma unroll
-    for (int c = 0; c < HEAD_DIM / 16; c++) {
-        for (int i = 0; i < 4; i++) {
-            const float* two = q + at[i % 2] + c * 16 + i / 2 * 8 + 2 * t;
-            queries[c][i] = pair(float_to_half_saturated(two[0] * scale), float_to_half_saturated(two[1] * scale));
-        }
-    }
-    float sums[HEAD_DIM / 8][4];
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) {
-        for (int i = 0; i < 4; i++) sums[n][i] = 0.0f;
-    }
-    float top[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
-    for (u32 block = 0; block * BLOCK_LEN < context; block++) {
-        const u32 page = table[block] * n_kv_heads + kv_head, first_position = block * BLOCK_LEN;
-        // Scores: two tiles of eight positions.
-        float scores[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
-        const u16* keys = keys_of(cache, page);
-#pragma unroll
-        for (int c = 0; c < HEAD_DIM / 16; c++) {
-            for (int n = 0; n < 2; n++) {
-                const u32* key = (const u32*)(keys + (n * 8 + g) * HEAD_DIM + c * 16 + 2 * t);
-                mma_f16(scores[n], queries[c][0], queries[c][1], queries[c][2], queries[c][3], key[0], key[4]);
-            }
-        }
-        float higher[2] = {top[0], top[1]};
-        for (int n = 0; n < 2; n++) {
-            for (int i = 0; i < 4; i++) {
-                // What lies beyond is unknown, and may be no number.
-                const u32 position = first_position + n * 8 + 2 * t + i % 2;
-                if (position > last[i / 2]) scores[n][i] = MINUS_INFINITY;
-                higher[i / 2] = fmaxf(higher[i / 2], scores[n][i]);
-            }
-        }
-        float worth[2];
-        for (int i = 0; i < 2; i++) {
-            higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], 1));
-            higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], 2)); // finite from the first block on: position 0 is seen
-            worth[i] = exponential(top[i] - higher[i]);
-            top[i] = higher[i];
-            total[i] *= worth[i];
-        }
-        u32 weights[4];
-        for (int n = 0; n < 2; n++) {
-            for (int i = 0; i < 2; i++) {
-                const float w0 = exponential(scores[n][2 * i] - top[i]), w1 = exponential(scores[n][2 * i + 1] - top[i]);
-                total[i] += w0 + w1;
-                weights[2 * n + i] = pair(float_to_half(w0), float_to_half(w1));
-            }
-        }
-        // Values; of the last block those that are unknown are taken as zeros.
-        const u32 n_there = min(BLOCK_LEN, context - first_position);
-        const u16* values = values_of(cache, page);
-#pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++) {
-            const u32* value = (const u32*)(values + (n * 8 + g) * BLOCK_LEN + 2 * t);
-            u32 low = value[0], high = value[4];
-            if (n_there < BLOCK_LEN) {
-                if (2 * t >= n_there) low = 0;
-                if (2 * t + 1 >= n_there) low &= 0xffffu;
-                if (8 + 2 * t >= n_there) high = 0;
-                if (9 + 2 * t >= n_there) high &= 0xffffu;
-            }
-            for (int i = 0; i < 4; i++) sums[n][i] *= worth[i / 2];
-            mma_f16(sums[n], weights[0], weights[1], weights[2], weights[3], low, high);
-        }
-    }
-    for (int i = 0; i < 2; i++) {
-        total[i] += shuffle_xor(total[i], 1);
-        total[i] += shuffle_xor(total[i], 2);
-    }
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) {
-        for (int i = 0; i < 4; i++) {
-            if (first + g + i / 2 * 8 < n_vectors) out[at[i / 2] + n * 8 + 2 * t + i % 2] = sums[n][i] / total[i / 2];
-        }
-    }
-}
-
-#endif

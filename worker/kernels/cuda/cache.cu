@@ -74,6 +74,7 @@ DEVICE float largest_of(const float* x, float* place) {
 KERNEL(ROPE_THREADS)
 rope_kv(float* q, float* k, const float* v, const u32* positions, const u32* slots, const float* angles, u8* cache,
         u32 n_heads, u32 n_kv_heads, u32 n_pairs, u32 is_adjacent) {
+    depend();
     const u32 token = blockIdx.x, head = blockIdx.y;
     const float* turn = angles + (u64)positions[token] * 2 * n_pairs;
     if (head < n_heads) {

@@ -18,6 +18,25 @@ extern __shared__ uint4 dynamic_shared[];
 DEVICE void* shared_memory() { return dynamic_shared; }
 DEVICE void block_sync() { __syncthreads(); }
 
+// Lets the kernel that comes after this one begin, up to its own `depend`; then waits until all that was asked before this
+// kernel is done. To be called by every thread of every kernel, before it touches what another kernel writes: weights may
+// be read before. (PTX ISA, "griddepcontrol"; launches say so, `card.rs`.)
+DEVICE void depend() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Sixteen bytes that nobody reads again soon.
+DEVICE uint4 read_once(const uint4* from) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
+    return x;
+}
+
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 
@@ -38,24 +57,10 @@ DEVICE u16 float_to_half(float x) {
     return bits;
 }
 
-// c += a * b, with a [16, 32] of bytes and b [32, 8]. Lane 4g + t holds of a row g in a0 (columns 4t..4t+3) and a2 (16 +
-// 4t..), row g + 8 in a1 and a3; of b column g in b0 (rows 4t..) and b1 (rows 16 + 4t..); of c rows g (c[0], c[1]) and
-// g + 8 (c[2], c[3]) in columns 2t and 2t + 1. (PTX ISA, "Matrix Fragments for mma.m16n8k32".)
-DEVICE void mma_u8_s8(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-DEVICE void mma_u8_u8(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // c += a * b, with a [16, 16] and b [16, 8] of 16-bit floats, two in a register, the lower column lowest. Lane 4g + t
 // holds of a row g in a0 (columns 2t, 2t + 1) and a2 (8 + 2t..), row g + 8 in a1 and a3; of b column g in b0 (rows 2t..)
-// and b1 (rows 8 + 2t..); c as above. (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".)
+// and b1 (rows 8 + 2t..); of c rows g (c[0], c[1]) and g + 8 (c[2], c[3]) in columns 2t and 2t + 1. (PTX ISA, "Matrix
+// Fragments for mma.m16n8k16 with floating point type".)
 DEVICE void mma_bf16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

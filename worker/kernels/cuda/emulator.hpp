@@ -248,6 +248,11 @@ DEVICE void block_sync() {
     emulator::meet(block->n_arrived, block->n_meetings, block->fibers->size());
 }
 
+DEVICE uint4 read_once(const uint4* from) { return *from; }
+
+// Kernels run one after the other.
+DEVICE void depend() {}
+
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
 
 DEVICE u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
@@ -298,18 +303,6 @@ inline void mma(Sum c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int n_
 }
 
 } // namespace emulator
-
-DEVICE void mma_u8_s8(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::mma(c, a0, a1, a2, a3, b0, b1, 32, [](int sum, u32 a, u32 b, u32 i) {
-        return sum + (int)(u8)(a >> 8 * i) * (int)(int8_t)(b >> 8 * i);
-    });
-}
-
-DEVICE void mma_u8_u8(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::mma(c, a0, a1, a2, a3, b0, b1, 32, [](int sum, u32 a, u32 b, u32 i) {
-        return sum + (int)(u8)(a >> 8 * i) * (int)(u8)(b >> 8 * i);
-    });
-}
 
 DEVICE void mma_bf16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     emulator::mma(c, a0, a1, a2, a3, b0, b1, 16, [](float sum, u32 a, u32 b, u32 i) {

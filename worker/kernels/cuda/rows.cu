@@ -1,43 +1,14 @@
-// Kernels that look at one row of activations at a time, or at single numbers: normalisation, the gate, rows taken by
-// their numbers, and what is largest in a row of logits.
+// Kernels that look at one row at a time, or at single numbers: sums of parts, rows taken by their numbers, and what is
+// largest in a row of logits.
 
 #define ROW_THREADS 256
 #define STRETCH 1024
 #define STRETCH_LANES 16
 
-// residual += delta where there is a delta (it may be null); then out = residual / rms(residual) * weight. A block a row.
-KERNEL(ROW_THREADS)
-rms_norm(float* residual, const float* delta, const float* weight, float* out, u32 columns, float eps) {
-    float* place = (float*)shared_memory();
-    const u64 first = (u64)blockIdx.x * columns;
-    float square = 0.0f;
-    for (u32 i = threadIdx.x; i < columns; i += ROW_THREADS) {
-        float x = residual[first + i];
-        if (delta) {
-            x += delta[first + i];
-            residual[first + i] = x;
-        }
-        square = fmaf(x, x, square);
-    }
-    const float mean = block_sum(square, place) / (float)columns;
-    const float scale = 1.0f / sqrtf(mean + eps);
-    for (u32 i = threadIdx.x; i < columns; i += ROW_THREADS) {
-        out[first + i] = residual[first + i] * scale * weight[i];
-    }
-}
-
-// out = gate / (1 + e^-gate) * up.
-KERNEL(ROW_THREADS)
-silu_gate(const float* gate, const float* up, float* out, u32 n) {
-    const u32 i = blockIdx.x * ROW_THREADS + threadIdx.x;
-    if (i >= n) return;
-    const float x = gate[i];
-    out[i] = x / (1.0f + exponential(-x)) * up[i];
-}
-
 // out = the parts' sum, in order; zeros where there is none. `parts`: [n_parts][n].
 KERNEL(ROW_THREADS)
 add_parts(const float* parts, float* out, u32 n, u32 n_parts) {
+    depend();
     const u32 i = blockIdx.x * ROW_THREADS + threadIdx.x;
     if (i >= n) return;
     float sum = 0.0f;
@@ -48,6 +19,7 @@ add_parts(const float* parts, float* out, u32 n, u32 n_parts) {
 // out[i] = in[rows[i]]. A block a row.
 KERNEL(ROW_THREADS)
 take_rows(const float* in, const u32* rows, float* out, u32 columns) {
+    depend();
     const u64 from = (u64)rows[blockIdx.x] * columns, to = (u64)blockIdx.x * columns;
     for (u32 i = threadIdx.x; i < columns; i += ROW_THREADS) out[to + i] = in[from + i];
 }
@@ -56,6 +28,7 @@ take_rows(const float* in, const u32* rows, float* out, u32 columns) {
 // bits. If one is not finite, the first such. A block a row; at least one column.
 KERNEL(ROW_THREADS)
 likeliest(const float* logits, float* out, u32 columns) {
+    depend();
     const float* row = logits + (u64)blockIdx.x * columns;
     // What is not finite stands above everything: keys order first by that, then by the logit, then by the lower index.
     bool is_odd = false;
@@ -117,6 +90,7 @@ likeliest(const float* logits, float* out, u32 columns) {
 // not finite. A warp for each stretch of each row.
 KERNEL(32)
 peaks(const float* logits, float* out, u32 columns) {
+    depend();
     const u32 n_stretches = (columns + STRETCH - 1) / STRETCH;
     const u32 first = blockIdx.x * STRETCH, end = min(columns, first + STRETCH);
     const float* row = logits + (u64)blockIdx.y * columns;

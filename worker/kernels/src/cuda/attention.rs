@@ -1,14 +1,22 @@
 //! The paged cache of keys and values on a device, what writes to it, and attention over it.
 
+use super::activations::Making;
 use super::launch::{Arguments, Geometry};
 use super::memory::Buffer;
 use super::rows::launch;
 use super::source::Shape;
 use super::{Device, Error, View, kernels};
-use crate::attention::BLOCK_LEN;
+use crate::attention::{BLOCK_LEN, Format};
 
 /// Positions of a split: what a block of threads takes at once.
-pub const SPLIT: usize = 256;
+#[must_use]
+pub const fn split_len(kv_format: Format) -> usize {
+    match kv_format {
+        Format::F16 => 64,
+        Format::F32 | Format::Int8 => 256,
+    }
+}
+
 /// Query vectors that one block of [`attend_tiles`] takes of each KV head.
 pub const TILE_VECTORS: usize = 64;
 /// A slot that is none: its row is not written.
@@ -16,9 +24,13 @@ pub const NO_SLOT: u32 = u32::MAX;
 /// Words of an [`Item`] and of a [`Tile`].
 pub const WORDS: usize = 4;
 
-/// Query heads that one block takes together, and warps of a block, of `attend`.
-const GROUP: usize = 8;
-const ATTEND_WARPS: usize = 8;
+/// Query heads that one block of `attend` takes together, and its warps.
+const GROUP: usize = 16;
+const ATTEND_WARPS: usize = 4;
+/// The same of `attend_plain`.
+const PLAIN_GROUP: usize = 8;
+const PLAIN_WARPS: usize = 8;
+const MERGE_WARPS: usize = 4;
 
 /// Splits of one row's sequence, for one block of [`attend`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,10 +189,16 @@ pub fn rope_kv(
     unsafe { launch(cache.pages.device(), kernels::ROPE_KV, geometry, arguments) }
 }
 
+/// Numbers of what a block found of a head.
+#[must_use]
+pub const fn part_len(head_dim: usize) -> usize {
+    head_dim + 4
+}
+
 /// Room for what blocks of [`attend`] found, until it is merged.
 #[derive(Debug)]
 pub struct Parts {
-    numbers: Buffer<f32>, // [item][head][head_dim + 2]
+    numbers: Buffer<f32>, // [item][head][part_len]
     max_items: usize,
 }
 
@@ -195,31 +213,28 @@ impl Parts {
         n_heads: usize,
         head_dim: usize,
     ) -> Result<Self, Error> {
-        Ok(Self { numbers: device.buffer(max_items * n_heads * (head_dim + 2))?, max_items })
+        let numbers = device.buffer(max_items * n_heads * part_len(head_dim))?;
+        Ok(Self { numbers, max_items })
     }
 }
 
-/// The queries of one attention op, and where its result goes. Both `[rows, n_heads, head_dim]`.
+/// The queries of one attention op, `[rows, n_heads, head_dim]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Queries<'a> {
     pub q: &'a Buffer<f32>,
     pub heads: &'a Heads,
     pub scale: f32,
-    pub out: &'a Buffer<f32>,
 }
 
 impl Queries<'_> {
     fn check(&self, rows: Rows<'_>, cache: &KvCache) {
         let n = rows.positions.len * self.heads.n_heads * cache.shape.head_dim;
-        assert!(
-            self.q.len() >= n && self.out.len() >= n && rows.first_blocks.len == rows.positions.len
-        );
+        assert!(self.q.len() >= n && rows.first_blocks.len == rows.positions.len);
         assert_eq!(self.heads.n_kv_heads, cache.n_kv_heads, "KV heads of another cache");
     }
 }
 
-/// Causal attention of rows, each over the splits of its items, and their sum. `items`: [`Item`]s as
-/// words; `first_items`: where the items of each row begin, and where the last end.
+/// Causal attention of rows, each over the splits of its items. `items`: [`Item`]s as words.
 ///
 /// # Errors
 /// The device failed.
@@ -230,15 +245,14 @@ pub fn attend(
     queries: Queries<'_>,
     rows: Rows<'_>,
     items: View<'_, u32>,
-    first_items: View<'_, u32>,
     cache: &KvCache,
     parts: &Parts,
 ) -> Result<(), Error> {
     queries.check(rows, cache);
     let (n_items, head_dim) = (items.len / WORDS, cache.shape.head_dim);
     let Heads { starts, n_heads, n_kv_heads } = queries.heads;
-    assert!(n_items <= parts.max_items && first_items.len == rows.positions.len + 1);
-    assert!(parts.numbers.len() >= n_items * n_heads * (head_dim + 2));
+    assert!(n_items <= parts.max_items);
+    assert!(parts.numbers.len() >= n_items * n_heads * part_len(head_dim));
     let arguments = Arguments::new()
         .memory(queries.q)
         .memory(&cache.pages)
@@ -251,23 +265,48 @@ pub fn attend(
         .number(*n_heads)
         .number(*n_kv_heads)
         .float(queries.scale);
-    let shared = GROUP * (head_dim + SPLIT + 3) + ATTEND_WARPS * head_dim;
+    let (kernel, shared) = match cache.shape.kv_format {
+        Format::F16 => (kernels::ATTEND, GROUP * (ATTEND_WARPS + head_dim + 1)),
+        Format::F32 | Format::Int8 => {
+            let split = split_len(cache.shape.kv_format);
+            let of_queries = PLAIN_GROUP * (head_dim + split + 3);
+            (kernels::ATTEND_PLAIN, of_queries + PLAIN_WARPS * head_dim)
+        }
+    };
     let geometry = Geometry::new(n_items, *n_kv_heads, 1).shared_floats(shared);
-    let device = cache.pages.device();
     // SAFETY: rows, items and blocks are in their buffers, as `Rows` says; parts hold the items.
-    unsafe { launch(device, kernels::ATTEND, geometry, arguments) }?;
+    unsafe { launch(cache.pages.device(), kernel, geometry, arguments) }
+}
+
+/// What [`attend`] found, to attention: of the rows that have items. `first_items`: where the items
+/// of each row begin, and where the last end.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree.
+pub fn merge(
+    parts: &Parts,
+    first_items: View<'_, u32>,
+    heads: &Heads,
+    to: Making<'_>,
+) -> Result<(), Error> {
+    assert_eq!(first_items.len, to.n_tokens + 1);
+    let head_dim = to.columns / heads.n_heads.max(1);
     let arguments = Arguments::new()
         .memory(&parts.numbers)
         .view(first_items)
-        .memory(queries.out)
-        .number(*n_heads);
-    let geometry = Geometry::new(first_items.len - 1, *n_heads, 1);
-    // SAFETY: a block a row and head, within the output asserted.
-    unsafe { launch(device, kernels::MERGE_ATTENDED, geometry, arguments) }
+        .structure(&to.made())
+        .number(heads.n_heads);
+    let geometry = Geometry::new(to.n_tokens, heads.n_heads, 1);
+    let geometry = geometry.shared_floats(MERGE_WARPS * part_len(head_dim));
+    // SAFETY: a block a row and head, of columns that `made` has room for.
+    unsafe { launch(parts.numbers.device(), kernels::MERGE_ATTENDED, geometry, arguments) }
 }
 
 /// Causal attention of many rows of a sequence at once, on tensor cores; of a cache in f16. `tiles`:
-/// [`Tile`]s as words.
+/// [`Tile`]s as words; `out`: `[rows, n_heads, head_dim]`.
 ///
 /// # Errors
 /// The device failed.
@@ -279,11 +318,12 @@ pub fn attend_tiles(
     rows: Rows<'_>,
     tiles: View<'_, u32>,
     cache: &KvCache,
+    out: &Buffer<f32>,
 ) -> Result<(), Error> {
     queries.check(rows, cache);
-    let is_f16 = cache.shape.kv_format == crate::attention::Format::F16;
-    assert!(is_f16, "tensor cores read f16");
+    assert_eq!(cache.shape.kv_format, Format::F16, "tensor cores read f16");
     let Heads { starts, n_heads, n_kv_heads } = queries.heads;
+    assert!(out.len() >= rows.positions.len * n_heads * cache.shape.head_dim);
     let arguments = Arguments::new()
         .memory(queries.q)
         .memory(&cache.pages)
@@ -292,7 +332,7 @@ pub fn attend_tiles(
         .view(rows.first_blocks)
         .view(rows.tables)
         .memory(starts)
-        .memory(queries.out)
+        .memory(out)
         .number(*n_heads)
         .number(*n_kv_heads)
         .float(queries.scale);

@@ -32,6 +32,8 @@ struct Inner {
     stream: sys::CUstream,
     module: sys::CUmodule,
     functions: HashMap<&'static str, sys::CUfunction>,
+    /// Whether a kernel may begin before the last has ended (`depend` of device.cuh).
+    overlaps: bool,
     /// None where the library is not there.
     cublas: Option<Mutex<Cublas>>,
 }
@@ -66,7 +68,8 @@ impl Card {
         // SAFETY: a device that the driver just gave.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let opened = Self::with_context(name, device, context, &image, shape);
+        let overlaps = arch.major >= 9;
+        let opened = Self::with_context(name, device, context, &image, shape, overlaps);
         if opened.is_err() {
             // SAFETY: retained above, once.
             let _ = unsafe { result::primary_ctx::release(device) };
@@ -80,6 +83,7 @@ impl Card {
         context: sys::CUcontext,
         image: &[u8],
         shape: Shape,
+        overlaps: bool,
     ) -> Result<Self, Error> {
         // SAFETY: a context that is retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
@@ -97,7 +101,7 @@ impl Card {
             functions.insert(kernel.name, function);
         }
         let cublas = Cublas::open()?.map(Mutex::new);
-        let inner = Inner { name, device, context, stream, module, functions, cublas };
+        let inner = Inner { name, device, context, stream, module, functions, overlaps, cublas };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -171,19 +175,35 @@ impl Driver for Card {
         let function = self.0.functions.get(kernel.name);
         let function = *function.unwrap_or_else(|| panic!("no kernel {}", kernel.name));
         let [x, y, z] = geometry.grid;
-        let n = arguments.len();
         let mut pointers = arguments.pointers();
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: geometry.shared_bytes,
+            hStream: self.0.stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.0.overlaps),
+        };
+        // SAFETY: the caller's promise; the driver copies the arguments and all that the
+        // configuration names before it returns.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 function,
-                (x, y, z),
-                (kernel.threads, 1, 1),
-                geometry.shared_bytes,
-                self.0.stream,
-                &mut pointers[..n],
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(failed(kernel.name))
     }
 

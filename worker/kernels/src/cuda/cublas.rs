@@ -18,7 +18,7 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 pub(super) struct Cublas {
     handle: sys::cublasLtHandle_t,
     workspace: u64,
-    plans: HashMap<[usize; 4], Plan>,
+    plans: HashMap<[usize; 6], Plan>,
 }
 
 /// One shape's descriptions.
@@ -53,7 +53,8 @@ impl Cublas {
         gemm: &Gemm,
         stream: driver::sys::CUstream,
     ) -> Result<(), Error> {
-        let key = [gemm.rows, gemm.tokens, gemm.columns, gemm.stride];
+        let Gemm { rows, tokens, columns, w_stride, x_stride, out_stride, .. } = *gemm;
+        let key = [rows, tokens, columns, w_stride, x_stride, out_stride];
         if !self.plans.contains_key(&key) {
             let plan = Plan::new(self.handle, gemm)?;
             self.plans.insert(key, plan);
@@ -124,9 +125,9 @@ impl Plan {
                 .map_err(failed("cublasLtMatrixLayoutCreate"))
         };
         let layouts = [
-            layout(CUDA_R_16BF, columns, rows, gemm.stride)?,
-            layout(CUDA_R_16BF, columns, tokens, gemm.stride)?,
-            layout(CUDA_R_32F, rows, tokens, gemm.rows)?,
+            layout(CUDA_R_16BF, columns, rows, gemm.w_stride)?,
+            layout(CUDA_R_16BF, columns, tokens, gemm.x_stride)?,
+            layout(CUDA_R_32F, rows, tokens, gemm.out_stride)?,
         ];
         let preference =
             result::create_matmul_pref().map_err(failed("cublasLtMatmulPreferenceCreate"))?;

@@ -79,8 +79,10 @@ pub(super) struct Gemm {
     pub(super) rows: usize,
     pub(super) tokens: usize,
     pub(super) columns: usize,
-    /// Numbers from a row of w, or of x, to the next.
-    pub(super) stride: usize,
+    /// Numbers from a row of w to the next.
+    pub(super) w_stride: usize,
+    pub(super) x_stride: usize,
+    pub(super) out_stride: usize,
 }
 
 /// Work that was recorded; its memory must outlive it.

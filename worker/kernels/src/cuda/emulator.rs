@@ -193,22 +193,22 @@ impl State {
     }
 
     fn multiply(&self, gemm: &Gemm) {
-        let Gemm { w, x, out, rows, tokens, columns, stride } = *gemm;
-        for (matrix, n) in [(w, rows), (x, tokens)] {
+        let Gemm { w, x, out, rows, tokens, columns, w_stride, x_stride, out_stride } = *gemm;
+        for (matrix, n, stride) in [(w, rows, w_stride), (x, tokens, x_stride)] {
             self.find(matrix, 2 * (n.saturating_sub(1) * stride + columns));
         }
-        self.find(out, 4 * rows * tokens);
-        let number = |matrix: u64, row: usize, k: usize| {
+        self.find(out, 4 * (tokens.saturating_sub(1) * out_stride + rows));
+        let number = |matrix: u64, at: usize| {
             // SAFETY: within the allocation found above; aligned, for both are multiples of two.
-            let bits = unsafe { *(matrix as *const u16).add(row * stride + k) };
+            let bits = unsafe { *(matrix as *const u16).add(at) };
             f32::from_bits(u32::from(bits) << 16)
         };
         for token in 0..tokens {
             for row in 0..rows {
-                let product = |k| number(x, token, k) * number(w, row, k);
+                let product = |k| number(x, token * x_stride + k) * number(w, row * w_stride + k);
                 let sum: f32 = (0..columns).map(product).sum();
                 // SAFETY: as above.
-                unsafe { *(out as *mut f32).add(token * rows + row) = sum };
+                unsafe { *(out as *mut f32).add(token * out_stride + row) = sum };
             }
         }
     }

@@ -14,19 +14,23 @@ pub(super) const ROW_THREADS: usize = 256;
 /// Of those that multiply, and look up rows: eight warps.
 pub(super) const LINEAR_THREADS: usize = 256;
 pub(super) const WARPS: usize = LINEAR_THREADS / 32;
+pub(super) const MAKE_THREADS: usize = 256;
+pub(super) const NORM_THREADS: usize = 512;
 const ROPE_THREADS: u32 = 128;
 
-pub(super) const RMS_NORM: Kernel = kernel("rms_norm", ROW_THREADS as u32);
-pub(super) const SILU_GATE: Kernel = kernel("silu_gate", ROW_THREADS as u32);
+pub(super) const MAKE_PLAIN: Kernel = kernel("make_plain", MAKE_THREADS as u32);
+pub(super) const RMS_NORM: Kernel = kernel("rms_norm", NORM_THREADS as u32);
+pub(super) const SILU_GATE: Kernel = kernel("silu_gate", MAKE_THREADS as u32);
 pub(super) const ADD_PARTS: Kernel = kernel("add_parts", ROW_THREADS as u32);
 pub(super) const TAKE_ROWS: Kernel = kernel("take_rows", ROW_THREADS as u32);
 pub(super) const LIKELIEST: Kernel = kernel("likeliest", ROW_THREADS as u32);
 pub(super) const PEAKS: Kernel = kernel("peaks", 32);
-pub(super) const QUANTISE: Kernel = kernel("quantise", LINEAR_THREADS as u32);
-pub(super) const SPLIT_BF16: Kernel = kernel("split_bf16", LINEAR_THREADS as u32);
 pub(super) const ROPE_KV: Kernel = kernel("rope_kv", ROPE_THREADS);
-pub(super) const ATTEND: Kernel = kernel("attend", 256);
-pub(super) const MERGE_ATTENDED: Kernel = kernel("merge_attended", ROPE_THREADS);
+/// Of a cache in f16.
+pub(super) const ATTEND: Kernel = kernel("attend", 128);
+/// Of other caches.
+pub(super) const ATTEND_PLAIN: Kernel = kernel("attend_plain", 256);
+pub(super) const MERGE_ATTENDED: Kernel = kernel("merge_attended", 128);
 /// Of a cache in f16 only.
 pub(super) const ATTEND_TILES: Kernel = kernel("attend_tiles", 128);
 
@@ -40,26 +44,30 @@ pub(super) struct OfFormat {
 /// What multiplies with weights of a format.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Linear {
-    /// Tensor cores: a block takes 8 tokens, or 32.
-    Tiles { few: Kernel, many: Kernel },
+    /// Tensor cores: a block takes 8 tokens, or 32. `to_bf16`: what is not bf16 already, for many.
+    Tiles { few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
     /// A warp takes a row and a token.
     Plain(Kernel),
 }
 
 macro_rules! of_format {
     ($name:literal) => {
-        OfFormat {
-            embed: kernel(concat!("embed_", $name), LINEAR_THREADS as u32),
-            linear: Linear::Tiles {
-                few: kernel(concat!("linear_", $name, "_8"), LINEAR_THREADS as u32),
-                many: kernel(concat!("linear_", $name, "_32"), LINEAR_THREADS as u32),
-            },
-        }
+        of_format!($name, Some(kernel(concat!("to_bf16_", $name), LINEAR_THREADS as u32)))
     };
     ($name:literal, plain) => {
         OfFormat {
             embed: kernel(concat!("embed_", $name), LINEAR_THREADS as u32),
             linear: Linear::Plain(kernel(concat!("linear_", $name), LINEAR_THREADS as u32)),
+        }
+    };
+    ($name:literal, $to_bf16:expr) => {
+        OfFormat {
+            embed: kernel(concat!("embed_", $name), LINEAR_THREADS as u32),
+            linear: Linear::Tiles {
+                few: kernel(concat!("linear_", $name, "_8"), LINEAR_THREADS as u32),
+                many: kernel(concat!("linear_", $name, "_32"), LINEAR_THREADS as u32),
+                to_bf16: $to_bf16,
+            },
         }
     };
 }
@@ -68,7 +76,7 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
     match format {
         Format::F32 => of_format!("f32", plain),
         Format::F16 => of_format!("f16", plain),
-        Format::Bf16 => of_format!("bf16"),
+        Format::Bf16 => of_format!("bf16", None),
         Format::Q4_0 => of_format!("q4_0"),
         Format::Q4_1 => of_format!("q4_1"),
         Format::Q5_0 => of_format!("q5_0"),
@@ -83,26 +91,27 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
 /// All that are compiled for a shape.
 pub(super) fn all(shape: Shape) -> Vec<Kernel> {
     let mut all = vec![
+        MAKE_PLAIN,
         RMS_NORM,
         SILU_GATE,
         ADD_PARTS,
         TAKE_ROWS,
         LIKELIEST,
         PEAKS,
-        QUANTISE,
-        SPLIT_BF16,
         ROPE_KV,
-        ATTEND,
         MERGE_ATTENDED,
     ];
-    if shape.kv_format == attention::Format::F16 {
-        all.push(ATTEND_TILES);
+    match shape.kv_format {
+        attention::Format::F16 => all.extend([ATTEND, ATTEND_TILES]),
+        attention::Format::F32 | attention::Format::Int8 => all.push(ATTEND_PLAIN),
     }
     for format in Format::ALL {
         let OfFormat { embed, linear } = of_format(format);
         all.push(embed);
         match linear {
-            Linear::Tiles { few, many } => all.extend([few, many]),
+            Linear::Tiles { few, many, to_bf16 } => {
+                all.extend([few, many].into_iter().chain(to_bf16))
+            }
             Linear::Plain(kernel) => all.push(kernel),
         }
     }
@@ -123,19 +132,22 @@ mod tests {
             let line = line.unwrap_or_else(|| panic!("{constant} is defined"));
             line.rsplit(' ').next().and_then(|n| n.parse::<u32>().ok()).expect("a number")
         };
-        let shape = Shape { head_dim: 64, kv_format: attention::Format::F16 };
+        let of = |kv_format| all(Shape { head_dim: 64, kv_format });
         // Those of weight formats are generated by a macro, all with one constant.
         assert_eq!(threads_of("LINEAR_THREADS") as usize, LINEAR_THREADS);
         assert_eq!(threads_of("WARPS") as usize, WARPS);
         let mut n_written = 0;
-        for Kernel { name, threads } in all(shape) {
+        let plain = [ATTEND_PLAIN];
+        for Kernel { name, threads } in of(attention::Format::F16).into_iter().chain(plain) {
             let Some(at) = source.find(&format!("\n{name}(")) else { continue };
             n_written += 1;
             let before = source[..at].rsplit('\n').next().expect("a line before it");
             let constant = before.trim_start_matches("KERNEL(").trim_end_matches(')');
+            // ATTEND_THREADS has a second value, that of ATTEND_PLAIN.
             let said = constant.parse().unwrap_or_else(|_| threads_of(constant));
-            assert_eq!(said, threads, "{name}");
+            assert_eq!(said * if name == ATTEND_PLAIN.name { 2 } else { 1 }, threads, "{name}");
         }
         assert_eq!(n_written, source.matches("\nKERNEL(").count(), "each kernel of the sources");
+        assert!(of(attention::Format::Int8).contains(&ATTEND_PLAIN));
     }
 }

@@ -38,7 +38,7 @@ impl Geometry {
 }
 
 const MAX_ARGUMENTS: usize = 16;
-const MAX_BYTES: usize = 192;
+const MAX_BYTES: usize = 384;
 
 /// The arguments of a launch, by value, in order. Lives on the stack: a step allocates nothing.
 #[derive(Clone)]
@@ -89,9 +89,9 @@ impl Arguments {
     /// A structure of pointers and, behind them, pairs of 32-bit numbers.
     pub(crate) fn structure(self, of: &impl Words) -> Self {
         let words = of.words();
-        let mut bytes = [0; 64];
-        for (word, to) in words.iter().zip(bytes.chunks_exact_mut(8)) {
-            to.copy_from_slice(&word.to_ne_bytes());
+        let mut bytes = [0; MAX_BYTES];
+        for (word, to) in words.iter().zip(bytes.as_chunks_mut().0) {
+            *to = word.to_ne_bytes();
         }
         self.push(&bytes[..8 * words.len()], 8)
     }

@@ -1,22 +1,26 @@
 //! Multiplying activations with weights, and looking up rows of a table.
 
+use super::activations::{self, Activations, Forms, Making, RUN, TOKEN_TILE};
 use super::device::Gemm;
-use super::kernels::{self, LINEAR_THREADS, Linear, WARPS};
-use super::launch::{Arguments, Geometry, Kernel};
+use super::kernels::{self, Linear, WARPS};
+use super::launch::{Arguments, Geometry, Kernel, Words};
 use super::matrix::{Matrix, Weights};
 use super::memory::Buffer;
 use super::rows::{assert_together, launch};
 use super::{Device, Error, View};
 use crate::matrix::TILE_ROWS;
-use crate::quant::Format;
 
-/// Columns of a run.
-const RUN: usize = 32;
-/// Tokens of a tensor core's tile.
-const TOKEN_TILE: usize = 8;
-/// Up to so many tokens a block takes one such tile, beyond four.
+/// Up to so many tokens a block takes one tile of tokens, beyond four.
 const FEW_TOKENS: usize = TOKEN_TILE;
 const MANY_TOKENS: usize = 4 * TOKEN_TILE;
+/// The most tokens that kernels of this crate take where cublasLt could: with weights of bf16, which
+/// it takes as they are, and with integers, which are first turned to bf16.
+const MOST_DENSE_TOKENS: usize = 32;
+const MOST_INTEGER_TOKENS: usize = 64;
+/// Runs that a warp of `to_bf16` takes at once.
+const UNIT: usize = 8;
+/// Matrices that one launch takes.
+const MOST_MATRICES: usize = 3;
 
 /// How a matrix's columns are summed: in ranges, each a product of its own.
 #[derive(Debug)]
@@ -59,36 +63,6 @@ impl Parts {
     }
 }
 
-/// Activations as kernels multiply them: made once for all weights that share them.
-#[derive(Debug)]
-pub struct Activations {
-    max_tokens: usize,
-    quants: Buffer<u32>, // [token][run][4][4]
-    scales: Buffer<f32>, // [run][padded tokens]
-    totals: Buffer<u32>, // [run][padded tokens][2]
-    first: Buffer<u16>,  // [padded tokens][columns], bf16
-    second: Buffer<u16>, // the same: what `first` lost
-}
-
-impl Activations {
-    /// Room for so many tokens of at most `columns`.
-    ///
-    /// # Errors
-    /// Too little memory.
-    pub fn new(device: &Device, max_tokens: usize, columns: usize) -> Result<Self, Error> {
-        let padded = max_tokens.next_multiple_of(TOKEN_TILE);
-        let (n, n_runs) = (padded * columns, columns.div_ceil(RUN));
-        Ok(Self {
-            max_tokens,
-            quants: device.buffer(n_runs * padded * 16)?,
-            scales: device.buffer(n_runs * padded)?,
-            totals: device.buffer(2 * n_runs * padded)?,
-            first: device.buffer(n)?,
-            second: device.buffer(n)?,
-        })
-    }
-}
-
 /// One weight of a linear op.
 #[derive(Debug, Clone, Copy)]
 pub struct Projection<'a> {
@@ -96,6 +70,60 @@ pub struct Projection<'a> {
     pub parts: &'a Parts,
     /// `[parts, tokens, weight.rows()]`
     pub out: &'a Buffer<f32>,
+}
+
+/// Which kernel multiplies.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Route {
+    /// Tensor cores, integer weights as they are.
+    Integers(Kernel),
+    /// Tensor cores, weights of bf16 and activations in two.
+    Dense(Kernel),
+    /// cublasLt, all in bf16.
+    Gemm,
+    /// A warp for each row and token.
+    Plain(Kernel),
+}
+
+pub(super) fn route(matrix: &Matrix, n_tokens: usize, device: &Device) -> Route {
+    let is_many = |most| n_tokens > most && device.driver().has_gemm();
+    let of = |few, many| if n_tokens <= FEW_TOKENS { few } else { many };
+    match (&matrix.weights, kernels::of_format(matrix.format).linear) {
+        (Weights::Quantised(_), _) if is_many(MOST_INTEGER_TOKENS) => Route::Gemm,
+        (Weights::Halves(_), Linear::Tiles { .. }) if is_many(MOST_DENSE_TOKENS) => Route::Gemm,
+        (Weights::Quantised(_), Linear::Tiles { few, many, .. }) => Route::Integers(of(few, many)),
+        (Weights::Halves(_), Linear::Tiles { few, many, .. }) => Route::Dense(of(few, many)),
+        (Weights::Halves(_) | Weights::Floats(_), Linear::Plain(kernel)) => Route::Plain(kernel),
+        (Weights::Quantised(_), Linear::Plain(_)) | (Weights::Floats(_), Linear::Tiles { .. }) => {
+            unreachable!("integers and bf16 have tiles, f32 has none")
+        }
+    }
+}
+
+/// What products of one step need beside activations.
+#[derive(Debug)]
+pub struct Scratch {
+    /// Weights on their way to cublasLt.
+    bf16: Buffer<u16>,
+}
+
+impl Scratch {
+    /// bf16 numbers that are made at once, if there are so many: they stay in a card's cache.
+    const MOST: usize = 16 << 20;
+
+    /// For matrices of at most so many columns.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn new(device: &Device, columns: usize) -> Result<Self, Error> {
+        Ok(Self { bf16: device.buffer(Self::len(columns))? })
+    }
+
+    /// Numbers of it.
+    #[must_use]
+    pub fn len(columns: usize) -> usize {
+        Self::MOST.max(TILE_ROWS * columns)
+    }
 }
 
 /// `out[part] = input * weight^T` over the part's columns, for several weights on one input
@@ -111,167 +139,208 @@ pub fn linear(
     columns: usize,
     n_tokens: usize,
     activations: &Activations,
+    scratch: &Scratch,
     projections: &[Projection<'_>],
 ) -> Result<(), Error> {
-    assert!(n_tokens <= activations.max_tokens && input.len() >= n_tokens * columns);
-    if n_tokens == 0 {
-        return Ok(());
+    let weights = projections.iter().map(|one| one.weight);
+    let forms = Forms::read_by(weights, n_tokens, input.device());
+    let made = Making { activations, forms, plain: input, columns, n_tokens };
+    if forms != Forms::PLAIN {
+        activations::plain(input, made.without_plain())?;
     }
-    let is_of = |want: fn(&Weights, Format) -> bool| {
-        projections.iter().any(|one| want(&one.weight.weights, one.weight.format))
-    };
-    if is_of(|weights, _| matches!(weights, Weights::Quantised(_))) {
-        quantise(input, columns, n_tokens, activations)?;
-    }
-    if is_of(|_, format| format == Format::Bf16) {
-        split(input, columns, n_tokens, activations)?;
-    }
+    multiply(made, scratch, projections)
+}
+
+/// As [`linear`], of activations that were made.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree, or not all forms were made.
+pub fn multiply(
+    made: Making<'_>,
+    scratch: &Scratch,
+    projections: &[Projection<'_>],
+) -> Result<(), Error> {
+    let Making { plain: input, columns, n_tokens, .. } = made;
+    let device = input.device();
     for projection in projections {
         let Projection { weight, parts, out } = *projection;
         assert_eq!(weight.columns, columns, "weights of other columns");
         assert!(parts.n_columns() <= columns, "parts beyond the columns");
         assert!(out.len() >= parts.len() * n_tokens * weight.rows, "an output too small");
         assert_together(out, input);
-        multiply(input, n_tokens, activations, projection)?;
+    }
+    let forms = Forms::read_by(projections.iter().map(|one| one.weight), n_tokens, device);
+    assert!(made.forms.has(forms), "activations of other forms");
+    let mut rest = if n_tokens == 0 { &[][..] } else { projections };
+    while let Some(first) = rest.first() {
+        let kernel = route(first.weight, n_tokens, device);
+        let goes_along = |one: &&Projection<'_>| {
+            one.weight.format == first.weight.format && std::ptr::eq(one.parts, first.parts)
+        };
+        let n_alike = rest.iter().take(MOST_MATRICES).take_while(goes_along).count();
+        let n = match kernel {
+            Route::Integers(kernel) | Route::Dense(kernel) => {
+                tiles(made, kernel, &rest[..n_alike])?;
+                n_alike
+            }
+            Route::Gemm => {
+                gemms(made, scratch, *first)?;
+                1
+            }
+            Route::Plain(kernel) => {
+                plain(made, kernel, *first)?;
+                1
+            }
+        };
+        rest = &rest[n..];
     }
     Ok(())
 }
 
-fn quantise(
-    input: &Buffer<f32>,
-    columns: usize,
-    n_tokens: usize,
-    to: &Activations,
-) -> Result<(), Error> {
-    let padded = n_tokens.next_multiple_of(TOKEN_TILE);
-    assert!(columns.is_multiple_of(RUN) && to.quants.len() >= padded * columns / 2);
-    let arguments = Arguments::new()
-        .memory(input)
-        .memory(&to.quants)
-        .memory(&to.scales)
-        .memory(&to.totals)
-        .number(columns)
-        .number(n_tokens);
-    let geometry = Geometry::new((columns / RUN).div_ceil(LINEAR_THREADS / 8), padded, 1);
-    // SAFETY: eight lanes a run of a padded token; the scratch holds as many of the widest columns.
-    unsafe { launch(input.device(), kernels::QUANTISE, geometry, arguments) }
+/// `Several` of the kernels.
+struct Several {
+    words: [u64; MOST_MATRICES * 7 + 2],
+    n: usize,
+    n_tiles: usize,
 }
 
-fn split(
-    input: &Buffer<f32>,
-    columns: usize,
-    n_tokens: usize,
-    to: &Activations,
-) -> Result<(), Error> {
-    let padded = n_tokens.next_multiple_of(TOKEN_TILE);
-    assert!(columns.is_multiple_of(RUN) && to.first.len() >= padded * columns);
-    let arguments = Arguments::new()
-        .memory(input)
-        .memory(&to.first)
-        .memory(&to.second)
-        .number(columns)
-        .number(n_tokens);
-    let geometry = Geometry::new(padded, 1, 1);
-    // SAFETY: a block a padded token, of which the scratch has as many.
-    unsafe { launch(input.device(), kernels::SPLIT_BF16, geometry, arguments) }
-}
-
-fn multiply(
-    input: &Buffer<f32>,
-    n_tokens: usize,
-    activations: &Activations,
-    projection: &Projection<'_>,
-) -> Result<(), Error> {
-    let Projection { weight, parts, out } = *projection;
-    let device = out.device();
-    let tiles = |few, many| tile_grid(weight.rows, n_tokens, parts.len(), few, many);
-    match (&weight.weights, kernels::of_format(weight.format).linear) {
-        (Weights::Quantised(quantised), Linear::Tiles { few, many }) => {
-            let arguments = Arguments::new()
-                .structure(quantised)
-                .memory(&activations.quants)
-                .memory(&activations.scales)
-                .memory(&activations.totals)
-                .memory(&parts.on_device)
-                .memory(out)
-                .number(n_tokens);
-            let (kernel, geometry) = tiles(few, many);
-            // SAFETY: planes of the weight's own shape; activations of its columns, just made; an
-            // output of the asserted size.
-            unsafe { launch(device, kernel, geometry, arguments) }
-        }
-        (Weights::Halves(numbers), Linear::Tiles { few, many }) => {
-            if n_tokens > MANY_TOKENS && device.driver().has_gemm() {
-                return gemms(weight, numbers, parts, activations, out, n_tokens);
-            }
-            let arguments = Arguments::new()
-                .memory(numbers)
-                .memory(&activations.first)
-                .memory(&activations.second)
-                .memory(&parts.on_device)
-                .memory(out)
-                .number(weight.rows)
-                .number(weight.columns / RUN)
-                .number(n_tokens);
-            let (kernel, geometry) = tiles(few, many);
-            // SAFETY: as above; rows are padded to whole tiles.
-            unsafe { launch(device, kernel, geometry, arguments) }
-        }
-        (weights, Linear::Plain(kernel)) => {
-            let arguments = match weights {
-                Weights::Halves(numbers) => Arguments::new().memory(numbers),
-                Weights::Floats(numbers) => Arguments::new().memory(numbers),
-                Weights::Quantised(_) => unreachable!("quantised formats have tiles"),
-            };
-            let arguments = arguments
-                .memory(input)
-                .memory(&parts.on_device)
-                .memory(out)
-                .number(weight.rows)
-                .number(weight.columns)
-                .number(n_tokens);
-            let geometry = Geometry::new(weight.rows.div_ceil(WARPS), n_tokens, parts.len());
-            // SAFETY: `[rows, columns]` of the kernel's number; an input and an output as asserted.
-            unsafe { launch(device, kernel, geometry, arguments) }
-        }
-        (Weights::Floats(_), Linear::Tiles { .. }) => unreachable!("f32 has no tiles"),
+impl Words for Several {
+    fn words(&self) -> &[u64] {
+        &self.words[..self.n]
     }
 }
 
-/// Blocks of a kernel on tensor cores, and which kernel.
-fn tile_grid(
-    rows: usize,
-    n_tokens: usize,
-    n_parts: usize,
-    few: Kernel,
-    many: Kernel,
-) -> (Kernel, Geometry) {
-    let (kernel, of_block) =
-        if n_tokens <= FEW_TOKENS { (few, FEW_TOKENS) } else { (many, MANY_TOKENS) };
-    let geometry = Geometry::new(rows.div_ceil(TILE_ROWS), n_tokens.div_ceil(of_block), n_parts);
-    (kernel, geometry.shared_floats(WARPS * TOKEN_TILE * TILE_ROWS))
+impl Several {
+    fn of(projections: &[Projection<'_>]) -> Self {
+        let mut several = Self { words: [0; MOST_MATRICES * 7 + 2], n: 0, n_tiles: 0 };
+        let (mut firsts, mut width) = ([u32::MAX; 4], 0);
+        for (i, projection) in projections.iter().enumerate() {
+            let Matrix { rows, columns, weights, .. } = projection.weight;
+            let dense;
+            let words: &[u64] = match weights {
+                Weights::Quantised(quantised) => &quantised.argument,
+                Weights::Halves(numbers) => {
+                    dense = [numbers.address(), *rows as u64 | ((columns / RUN) as u64) << 32];
+                    &dense
+                }
+                Weights::Floats(_) => unreachable!("f32 has no tiles"),
+            };
+            width = words.len();
+            several.words[i * width..][..width].copy_from_slice(words);
+            firsts[i] = several.n_tiles as u32;
+            several.n_tiles += rows.div_ceil(TILE_ROWS);
+        }
+        let outs = &mut several.words[MOST_MATRICES * width..];
+        for (to, projection) in outs.iter_mut().zip(projections) {
+            *to = projection.out.address();
+        }
+        for (to, two) in outs[MOST_MATRICES..].iter_mut().zip(firsts.as_chunks::<2>().0) {
+            *to = u64::from(two[0]) | u64::from(two[1]) << 32;
+        }
+        several.n = MOST_MATRICES * (width + 1) + 2;
+        several
+    }
 }
 
-fn gemms(
-    weight: &Matrix,
-    numbers: &Buffer<u16>,
-    parts: &Parts,
-    activations: &Activations,
-    out: &Buffer<f32>,
-    n_tokens: usize,
+/// Matrices of one format and the same parts.
+fn tiles(made: Making<'_>, kernel: Kernel, projections: &[Projection<'_>]) -> Result<(), Error> {
+    let (several, parts) = (Several::of(projections), projections[0].parts);
+    let arguments = Arguments::new()
+        .structure(&several)
+        .structure(&made.made())
+        .memory(&parts.on_device)
+        .number(made.n_tokens);
+    let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len());
+    // SAFETY: planes of the weights' own shapes, rows of bf16 padded to whole tiles; activations of
+    // their columns, made; outputs of the asserted sizes.
+    unsafe { launch(projections[0].out.device(), kernel, geometry, arguments) }
+}
+
+/// Blocks of a kernel on tensor cores.
+fn tile_grid(n_tiles: usize, n_tokens: usize, n_parts: usize) -> Geometry {
+    let of_block = if n_tokens <= FEW_TOKENS { FEW_TOKENS } else { MANY_TOKENS };
+    let geometry = Geometry::new(n_tiles, n_tokens.div_ceil(of_block), n_parts);
+    geometry.shared_floats(WARPS * TOKEN_TILE * TILE_ROWS)
+}
+
+fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result<(), Error> {
+    let Projection { weight, parts, out } = projection;
+    let arguments = match &weight.weights {
+        Weights::Halves(numbers) => Arguments::new().memory(numbers),
+        Weights::Floats(numbers) => Arguments::new().memory(numbers),
+        Weights::Quantised(_) => unreachable!("quantised formats have tiles"),
+    };
+    let arguments = arguments
+        .memory(made.plain)
+        .memory(&parts.on_device)
+        .memory(out)
+        .number(weight.rows)
+        .number(weight.columns)
+        .number(made.n_tokens);
+    let geometry = Geometry::new(weight.rows.div_ceil(WARPS), made.n_tokens, parts.len());
+    // SAFETY: `[rows, columns]` of the kernel's number; an input and an output as asserted.
+    unsafe { launch(out.device(), kernel, geometry, arguments) }
+}
+
+/// By cublasLt; integers some rows at a time, which are turned to bf16 first.
+fn gemms(made: Making<'_>, scratch: &Scratch, projection: Projection<'_>) -> Result<(), Error> {
+    let Projection { weight, out, .. } = projection;
+    let Matrix { rows, columns, .. } = *weight;
+    match &weight.weights {
+        Weights::Halves(numbers) => gemm(made, numbers.address(), 0..rows, projection),
+        Weights::Quantised(quantised) => {
+            let Linear::Tiles { to_bf16: Some(kernel), .. } =
+                kernels::of_format(weight.format).linear
+            else {
+                unreachable!("integers can be turned to bf16")
+            };
+            // As many chunks as there must be, all alike.
+            let most = scratch.bf16.len() / columns / TILE_ROWS * TILE_ROWS;
+            let chunk = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(TILE_ROWS);
+            for first in (0..rows).step_by(chunk) {
+                let these = first..rows.min(first + chunk);
+                let arguments = Arguments::new()
+                    .structure(quantised)
+                    .memory(&scratch.bf16)
+                    .number(first / TILE_ROWS);
+                let n_units = (columns / RUN).div_ceil(UNIT);
+                let n_tiles = these.len().div_ceil(TILE_ROWS);
+                let geometry = Geometry::new(n_units.div_ceil(WARPS), n_tiles, 1);
+                // SAFETY: whole tiles of the weight, for which the scratch has room.
+                unsafe { launch(out.device(), kernel, geometry, arguments) }?;
+                gemm(made, scratch.bf16.address(), these, projection)?;
+            }
+            Ok(())
+        }
+        Weights::Floats(_) => unreachable!("cublasLt is for bf16"),
+    }
+}
+
+/// Of `rows`, which lie at `w`.
+fn gemm(
+    made: Making<'_>,
+    w: u64,
+    rows: std::ops::Range<usize>,
+    projection: Projection<'_>,
 ) -> Result<(), Error> {
+    let Projection { weight, parts, out } = projection;
     for (part, bounds) in parts.bounds.windows(2).enumerate() {
         let first = (2 * bounds[0] * RUN) as u64;
         let gemm = Gemm {
-            w: numbers.address() + first,
-            x: activations.first.address() + first,
-            out: out.address() + (4 * part * n_tokens * weight.rows) as u64,
-            rows: weight.rows,
-            tokens: n_tokens,
+            w: w + first,
+            x: made.activations.first.address() + first,
+            out: out.address() + (4 * (part * made.n_tokens * weight.rows + rows.start)) as u64,
+            rows: rows.len(),
+            tokens: made.n_tokens,
             columns: (bounds[1] - bounds[0]) * RUN,
-            stride: weight.columns,
+            w_stride: weight.columns,
+            x_stride: weight.columns,
+            out_stride: weight.rows,
         };
-        if weight.rows > 0 {
+        if !rows.is_empty() {
             // SAFETY: columns of the part within rows of both; an output as asserted.
             unsafe { out.device().driver().gemm(&gemm) }?;
         }
@@ -294,12 +363,9 @@ pub fn embed(
 ) -> Result<(), Error> {
     assert!(out.len() >= tokens.len * table.columns);
     let arguments = match &table.weights {
-        Weights::Quantised(quantised) => Arguments::new()
-            .structure(quantised)
-            .view(tokens)
-            .memory(out)
-            .number(first_row)
-            .number(table.columns),
+        Weights::Quantised(quantised) => {
+            Arguments::new().structure(quantised).view(tokens).memory(out).number(first_row)
+        }
         Weights::Halves(numbers) => {
             dense_table(Arguments::new().memory(numbers), table, first_row, tokens, out)
         }
@@ -327,18 +393,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_cover_rows_tokens_and_parts() {
-        let kernel = |name| Kernel { name, threads: 256 };
-        let (few, many) = (kernel("few"), kernel("many"));
-        for (rows, n_tokens, n_parts, want, grid) in [
-            (4096, 1, 1, few, [256, 1, 1]),
-            (4097, 8, 2, few, [257, 1, 2]),
-            (15, 9, 1, many, [1, 1, 1]),
-            (16, 33, 3, many, [1, 2, 3]),
-            (0, 5, 1, few, [0, 1, 1]),
+    fn blocks_cover_tiles_tokens_and_parts() {
+        for (n_tiles, n_tokens, n_parts, grid) in [
+            (256, 1, 1, [256, 1, 1]),
+            (257, 8, 2, [257, 1, 2]),
+            (1, 9, 1, [1, 1, 1]),
+            (1, 33, 3, [1, 2, 3]),
+            (0, 5, 1, [0, 1, 1]),
         ] {
-            let (kernel, geometry) = tile_grid(rows, n_tokens, n_parts, few, many);
-            assert_eq!((kernel, geometry.grid), (want, grid), "{rows} {n_tokens} {n_parts}");
+            let geometry = tile_grid(n_tiles, n_tokens, n_parts);
+            assert_eq!(geometry.grid, grid, "{n_tiles} {n_tokens} {n_parts}");
             assert_eq!(geometry.shared_bytes, 4 * 8 * 8 * 16);
         }
     }

@@ -11,7 +11,9 @@ use crate::quant::blocks::{Blocks, RUN, Run, Scales};
 use crate::quant::{Format, with_blocks};
 
 /// Tiles that are packed before they are uploaded.
-const CHUNK_TILES: usize = 64;
+const CHUNK_TILES: usize = 256;
+/// Tiles that are worth a thread.
+const LEAST_TILES: usize = 8;
 /// Runs that share a super-block's scales.
 const SUPER_RUNS: usize = 8;
 
@@ -32,11 +34,11 @@ pub(super) enum Weights {
     Floats(Buffer<f32>),
 }
 
-/// Planes `[tile][run][...]`, and the argument that tells a kernel of them.
+/// Planes, and the argument that tells a kernel of them.
 #[derive(Debug)]
 pub(super) struct Quantised {
     planes: [Buffer<u32>; 4], // quants, tops, scales, supers
-    argument: [u64; 6],
+    pub(super) argument: [u64; 6],
 }
 
 impl Words for Quantised {
@@ -45,31 +47,23 @@ impl Words for Quantised {
     }
 }
 
-/// Words of a tile's run in each plane; of the last, of a tile's super-block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Widths {
-    quants: usize,
-    tops: usize,
-    scales: usize,
-    supers: usize,
-}
-
-impl Widths {
-    const fn of(bits: usize, scales: Scales) -> Self {
-        let tops = match bits {
-            5 => TILE_ROWS,
-            6 => 2 * TILE_ROWS,
-            _ => 0,
-        };
-        let quants = if bits == 8 { 8 * TILE_ROWS } else { 4 * TILE_ROWS };
-        let (scales, supers) = match scales {
-            Scales::Plain => (TILE_ROWS / 2, 0),
-            Scales::Min => (TILE_ROWS, 0),
-            Scales::Super => (TILE_ROWS / 2, TILE_ROWS),
-            Scales::Halves => (TILE_ROWS / 2, TILE_ROWS / 2),
-        };
-        Self { quants, tops, scales, supers }
-    }
+/// Words of a tile in each plane: its lanes' words of a run, of two runs, of four, or of a
+/// super-block.
+fn words_of_tile(bits: usize, scales: Scales, n_runs: usize, n_supers: usize) -> [usize; 4] {
+    let (pairs, fours) = (n_runs.div_ceil(2), n_runs.div_ceil(4));
+    let quants = if bits == 8 { 8 * TILE_ROWS * n_runs } else { 8 * TILE_ROWS * pairs };
+    let tops = match bits {
+        5 => 2 * TILE_ROWS * pairs,
+        6 => 4 * TILE_ROWS * pairs,
+        _ => 0,
+    };
+    let (scales, supers) = match scales {
+        Scales::Plain => (2 * TILE_ROWS * fours, 0),
+        Scales::Min => (2 * TILE_ROWS * pairs, 0),
+        Scales::Super => (2 * TILE_ROWS * fours, TILE_ROWS * n_supers),
+        Scales::Halves => (2 * TILE_ROWS * fours, TILE_ROWS / 2 * n_supers),
+    };
+    [quants, tops, scales, supers]
 }
 
 impl Matrix {
@@ -134,22 +128,25 @@ fn load_dense(
         true => (device.buffer::<f32>(rows * columns)?, device.buffer::<u16>(0)?),
         false => (device.buffer::<f32>(0)?, device.buffer::<u16>(padded * columns)?),
     };
+    let (mut staged_floats, mut staged_halves) = (Vec::new(), Vec::new());
     for first in (0..rows).step_by(CHUNK_TILES * TILE_ROWS) {
         let chunk = first..rows.min(first + CHUNK_TILES * TILE_ROWS);
         if admit(chunk.clone()).is_break() {
             return Ok(None);
         }
-        let bytes = chunk.clone().flat_map(|row| from.row_blocks(row));
+        let of_rows = chunk.map(|row| from.row_blocks(row));
         if is_f32 {
-            let bytes: Vec<u8> = bytes.copied().collect();
-            let numbers: Vec<f32> =
-                bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            floats.upload(first * columns, &numbers)?;
+            staged_floats.clear();
+            for bytes in of_rows {
+                staged_floats.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)));
+            }
+            floats.upload(first * columns, &staged_floats)?;
         } else {
-            let bytes: Vec<u8> = bytes.copied().collect();
-            let numbers: Vec<u16> =
-                bytes.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes)).collect();
-            halves.upload(first * columns, &numbers)?;
+            staged_halves.clear();
+            for bytes in of_rows {
+                staged_halves.extend(bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b)));
+            }
+            halves.upload(first * columns, &staged_halves)?;
         }
     }
     if is_f32 {
@@ -157,12 +154,6 @@ fn load_dense(
     }
     halves.upload(rows * columns, &vec![0; (padded - rows) * columns])?;
     Ok(Some(Weights::Halves(halves)))
-}
-
-/// One chunk of tiles, packed.
-#[derive(Default)]
-struct Staged {
-    planes: [Vec<u32>; 4],
 }
 
 impl Quantised {
@@ -174,48 +165,23 @@ impl Quantised {
         let Unpacked { rows, columns, source: from } = *source;
         let (n_runs, first_run) = (columns / RUN, from.first_column() / RUN);
         let n_supers = (first_run + n_runs).div_ceil(SUPER_RUNS);
-        let widths = Widths::of(B::BITS, B::SCALES);
-        let of_tile = [
-            widths.quants * n_runs,
-            widths.tops * n_runs,
-            widths.scales * n_runs,
-            widths.supers * n_supers,
-        ];
+        let of_tile = words_of_tile(B::BITS, B::SCALES, n_runs, n_supers);
         let n_tiles = rows.div_ceil(TILE_ROWS);
         let [quants, tops, scales, supers] = of_tile.map(|words| device.buffer(words * n_tiles));
         let planes = [quants?, tops?, scales?, supers?];
-        let mut staged = Staged::default();
+        let mut staged: [Vec<u32>; 4] = Default::default();
         for first in (0..n_tiles).step_by(CHUNK_TILES) {
             let tiles = first..n_tiles.min(first + CHUNK_TILES);
-            let of_rows = tiles.start * TILE_ROWS..rows.min(tiles.end * TILE_ROWS);
-            if admit(of_rows.clone()).is_break() {
+            if admit(tiles.start * TILE_ROWS..rows.min(tiles.end * TILE_ROWS)).is_break() {
                 return Ok(None);
             }
-            for (plane, words) in staged.planes.iter_mut().zip(of_tile) {
+            for (plane, words) in staged.iter_mut().zip(of_tile) {
                 plane.clear();
                 plane.resize(words * tiles.len(), 0);
             }
-            for row in of_rows {
-                let tile = row / TILE_ROWS - tiles.start;
-                let [quants, tops, scales, supers] = staged.planes.each_mut();
-                let mut place = Place {
-                    quants: &mut quants[tile * of_tile[0]..][..of_tile[0]],
-                    tops: &mut tops[tile * of_tile[1]..][..of_tile[1]],
-                    scales: &mut scales[tile * of_tile[2]..][..of_tile[2]],
-                    supers: &mut supers[tile * of_tile[3]..][..of_tile[3]],
-                    row: row % TILE_ROWS,
-                };
-                let blocks = from.row_blocks(row);
-                let (len, bytes) = (B::FORMAT.block_len() / RUN, B::FORMAT.block_bytes());
-                for run in 0..n_runs {
-                    let at = first_run + run;
-                    let packed = B::run(&blocks[at / len * bytes..][..bytes], at % len);
-                    place.put(B::BITS, B::SCALES, run, &packed);
-                    place.put_super(B::SCALES, at / SUPER_RUNS, &packed);
-                }
-            }
-            for ((plane, staged), words) in planes.iter().zip(&staged.planes).zip(of_tile) {
-                plane.upload(words * tiles.start, staged)?;
+            pack::<B>(source, tiles, of_tile, &mut staged);
+            for ((plane, staged), words) in planes.iter().zip(&staged).zip(of_tile) {
+                plane.upload(words * first, staged)?;
             }
         }
         let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
@@ -226,8 +192,75 @@ impl Quantised {
     }
 }
 
-/// Where a row of a tile goes. Lane 4g + t of a warp multiplies rows g and g + 8; words of the two
-/// stand side by side.
+/// Packs tiles into the planes' chunks, with all of the machine's processors.
+fn pack<B: Blocks>(
+    source: &Unpacked<'_>,
+    tiles: Range<usize>,
+    of_tile: [usize; 4],
+    staged: &mut [Vec<u32>; 4],
+) {
+    let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let share = tiles.len().div_ceil(n_threads).max(LEAST_TILES);
+    let mut rest = staged.each_mut().map(Vec::as_mut_slice);
+    std::thread::scope(|scope| {
+        for first in tiles.clone().step_by(share) {
+            let mine = first..tiles.end.min(first + share);
+            let (planes, others) = split_planes(rest, of_tile, mine.len());
+            rest = others;
+            let work = move || pack_tiles::<B>(source, mine, of_tile, planes);
+            if first + share < tiles.end {
+                scope.spawn(work);
+            } else {
+                work();
+            }
+        }
+    });
+}
+
+/// The first tiles of each plane, and the others.
+fn split_planes(
+    planes: [&mut [u32]; 4],
+    of_tile: [usize; 4],
+    n_tiles: usize,
+) -> ([&mut [u32]; 4], [&mut [u32]; 4]) {
+    let [a, b, c, d] = planes;
+    let (a, a_rest) = a.split_at_mut(of_tile[0] * n_tiles);
+    let (b, b_rest) = b.split_at_mut(of_tile[1] * n_tiles);
+    let (c, c_rest) = c.split_at_mut(of_tile[2] * n_tiles);
+    let (d, d_rest) = d.split_at_mut(of_tile[3] * n_tiles);
+    ([a, b, c, d], [a_rest, b_rest, c_rest, d_rest])
+}
+
+fn pack_tiles<B: Blocks>(
+    source: &Unpacked<'_>,
+    tiles: Range<usize>,
+    of_tile: [usize; 4],
+    [quants, tops, scales, supers]: [&mut [u32]; 4],
+) {
+    let Unpacked { rows, columns, source: from } = *source;
+    let first_run = from.first_column() / RUN;
+    let (len, bytes) = (B::FORMAT.block_len() / RUN, B::FORMAT.block_bytes());
+    for row in tiles.start * TILE_ROWS..rows.min(tiles.end * TILE_ROWS) {
+        let tile = row / TILE_ROWS - tiles.start;
+        let mut place = Place {
+            quants: &mut quants[tile * of_tile[0]..][..of_tile[0]],
+            tops: &mut tops[tile * of_tile[1]..][..of_tile[1]],
+            scales: &mut scales[tile * of_tile[2]..][..of_tile[2]],
+            supers: &mut supers[tile * of_tile[3]..][..of_tile[3]],
+            row: row % TILE_ROWS,
+        };
+        let blocks = from.row_blocks(row);
+        for run in 0..columns / RUN {
+            let at = first_run + run;
+            let packed = B::run(&blocks[at / len * bytes..][..bytes], at % len);
+            place.put(B::BITS, B::SCALES, run, &packed);
+            place.put_super(B::SCALES, at / SUPER_RUNS, &packed);
+        }
+    }
+}
+
+/// Where a row of a tile goes (`Quantised` of quantised.cu). Lane 4g + t of a warp multiplies rows g
+/// and g + 8; words of the two stand side by side.
 struct Place<'a> {
     quants: &'a mut [u32],
     tops: &'a mut [u32],
@@ -237,55 +270,72 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
+    #[inline(always)]
     fn put(&mut self, bits: usize, scales: Scales, at: usize, run: &Run) {
         let (g, below) = (self.row % 8, self.row / 8);
-        let widths = Widths::of(bits, scales);
-        let quants = &mut self.quants[at * widths.quants..][..widths.quants];
+        let (pair, of_pair) = (at / 2, at % 2 * 2 + below);
         for t in 0..4 {
             if bits == 8 {
-                quants[(g * 4 + t) * 4 + 2 * below] = run.words[2 * t];
-                quants[(g * 4 + t) * 4 + 2 * below + 1] = run.words[2 * t + 1];
+                let to = &mut self.quants[(at * 32 + g * 4 + t) * 4 + 2 * below..][..2];
+                to.copy_from_slice(&run.words[2 * t..2 * t + 2]);
             } else {
-                quants[(g * 4 + t) * 2 + below] = run.words[t];
+                self.quants[(pair * 32 + g * 4 + t) * 4 + of_pair] = run.words[t];
             }
         }
-        let tops = &mut self.tops[at * widths.tops..][..widths.tops];
         match bits {
-            5 => tops[2 * g + below] = run.fifths,
+            5 => self.tops[(pair * 8 + g) * 4 + of_pair] = by_lanes(run.fifths),
             6 => {
-                tops[4 * g + below] = run.words[4];
-                tops[4 * g + 2 + below] = run.words[5];
+                for half in 0..2 {
+                    let to = &mut self.tops[(pair * 16 + g * 2 + half) * 4 + of_pair];
+                    *to = run.words[4 + half];
+                }
             }
             _ => {}
         }
-        let to = &mut self.scales[at * widths.scales..][..widths.scales];
         match scales {
-            Scales::Plain => to[g] |= u32::from(run.d) << (16 * below),
+            Scales::Plain => self.scales[at / 4 * 32 + g * 4 + at % 4] |= two(run.d, below),
             Scales::Min => {
-                to[2 * g] |= u32::from(run.d) << (16 * below);
-                to[2 * g + 1] |= u32::from(run.m) << (16 * below);
+                let to = &mut self.scales[(pair * 8 + g) * 4 + at % 2 * 2..][..2];
+                to[0] |= two(run.d, below);
+                to[1] |= two(run.m, below);
             }
             Scales::Super | Scales::Halves => {
-                to[g] |= u32::from(run.sc) << (8 * below) | u32::from(run.mc) << (16 + 8 * below);
+                self.scales[at / 4 * 32 + g * 4 + at % 4] |=
+                    u32::from(run.sc) << (8 * below) | u32::from(run.mc) << (16 + 8 * below);
             }
         }
     }
 
     /// The same from each run of a super-block.
+    #[inline(always)]
     fn put_super(&mut self, scales: Scales, at: usize, run: &Run) {
-        let (g, shift) = (self.row % 8, 16 * (self.row / 8));
+        let (g, below) = (self.row % 8, self.row / 8);
         match scales {
             Scales::Plain | Scales::Min => {}
             Scales::Super => {
-                let to = &mut self.supers[at * TILE_ROWS..][..TILE_ROWS];
-                to[2 * g] |= u32::from(run.d) << shift;
-                to[2 * g + 1] |= u32::from(run.m) << shift;
+                let to = &mut self.supers[(at * 8 + g) * 2..][..2];
+                to[0] |= two(run.d, below);
+                to[1] |= two(run.m, below);
             }
-            Scales::Halves => {
-                self.supers[at * TILE_ROWS / 2..][..TILE_ROWS / 2][g] |= u32::from(run.d) << shift;
-            }
+            Scales::Halves => self.supers[at * 8 + g] |= two(run.d, below),
         }
     }
+}
+
+/// A half of a word that two rows share.
+fn two(bits: u16, below: usize) -> u32 {
+    u32::from(bits) << (16 * below)
+}
+
+/// Bits of columns in the order in which lanes take them: lane t finds those of its pairs of columns
+/// 4t and 4t + 2, 4t + 1 and 4t + 3, and the same of 16 + 4t, at bits t, 4 + t, 8 + t and 12 + t, the
+/// second of each pair 16 bits on.
+fn by_lanes(fifths: u32) -> u32 {
+    (0..32).fold(0, |to, column| {
+        let (half, t, within) = (column / 16, column % 16 / 4, column % 4);
+        let at = t + 4 * (2 * half + within % 2) + 16 * (within / 2);
+        to | (fifths >> column & 1) << at
+    })
 }
 
 #[cfg(test)]
@@ -296,10 +346,8 @@ mod tests {
     fn weights_are_kept_at_the_true_width_of_their_format() {
         // Bits of a weight on the device; K-quants beside super-blocks of 256, as in the file but
         // for Q4_K's and Q5_K's scales, which take whole bytes.
-        let bits = |widths: Widths| {
-            let of_run = widths.quants + widths.tops + widths.scales;
-            let per_super = (SUPER_RUNS * of_run + widths.supers) as f64;
-            per_super * 32.0 / (TILE_ROWS * RUN * SUPER_RUNS) as f64
+        let bits = |words: [usize; 4]| {
+            words.iter().sum::<usize>() as f64 * 32.0 / (TILE_ROWS * RUN * SUPER_RUNS) as f64
         };
         for (format, wanted) in [
             (Format::Q4_0, 4.5),
@@ -311,8 +359,12 @@ mod tests {
             (Format::Q5K, 5.625),
             (Format::Q6K, 6.5625),
         ] {
-            let got = with_blocks!(format, B => bits(Widths::of(B::BITS, B::SCALES)), _ => 0.0);
-            assert_eq!(got, wanted, "{format:?}");
+            let words = with_blocks!(
+                format,
+                B => words_of_tile(B::BITS, B::SCALES, SUPER_RUNS, 1),
+                _ => [0; 4]
+            );
+            assert_eq!(bits(words), wanted, "{format:?}");
         }
     }
 }

@@ -4,6 +4,7 @@
 //! takes buffers of one device and checks their lengths; what a step puts into tables and slots its
 //! caller has checked. No kernel has run on a card yet: tests run them on [`Place::Emulator`].
 
+pub mod activations;
 pub mod attention;
 pub mod compiler;
 pub mod group;

@@ -1,60 +1,9 @@
-//! Ops on rows of activations: norm, gate, rows by number, the likeliest tokens.
+//! Ops on rows: sums of parts, rows by number, the likeliest tokens.
 
 use super::launch::{Arguments, Geometry, Kernel};
 use super::memory::{Buffer, Number};
 use super::{Device, Error, View, kernels};
 use crate::peaks::{STRETCH, n_peaks};
-
-/// `residual += delta`, if there is one; `out = residual / rms(residual) * weight`. All of
-/// `[n_rows, weight.len()]`.
-///
-/// # Errors
-/// The device failed.
-///
-/// # Panics
-/// If shapes disagree.
-pub fn rms_norm(
-    residual: &Buffer<f32>,
-    delta: Option<&Buffer<f32>>,
-    weight: &Buffer<f32>,
-    eps: f32,
-    out: &Buffer<f32>,
-    n_rows: usize,
-) -> Result<(), Error> {
-    let columns = weight.len();
-    let n = n_rows * columns;
-    assert!(residual.len() >= n && out.len() >= n && delta.is_none_or(|delta| delta.len() >= n));
-    let arguments = Arguments::new()
-        .memory(residual)
-        .memory_or_null(delta)
-        .memory(weight)
-        .memory(out)
-        .number(columns)
-        .float(eps);
-    let geometry = Geometry::new(n_rows, 1, 1).shared_floats(kernels::ROW_THREADS / 32);
-    // SAFETY: a block a row, within the lengths asserted; a float of shared memory for each warp.
-    unsafe { launch(out.device(), kernels::RMS_NORM, geometry, arguments) }
-}
-
-/// `out = silu(gate) * up`, `n` numbers.
-///
-/// # Errors
-/// The device failed.
-///
-/// # Panics
-/// If there are not so many.
-pub fn silu_gate(
-    gate: &Buffer<f32>,
-    up: &Buffer<f32>,
-    out: &Buffer<f32>,
-    n: usize,
-) -> Result<(), Error> {
-    assert!(gate.len() >= n && up.len() >= n && out.len() >= n);
-    let arguments = Arguments::new().memory(gate).memory(up).memory(out).number(n);
-    let geometry = Geometry::new(n.div_ceil(kernels::ROW_THREADS), 1, 1);
-    // SAFETY: the kernel stops at n, which all three hold.
-    unsafe { launch(out.device(), kernels::SILU_GATE, geometry, arguments) }
-}
 
 /// `out` = the sum of `parts`, `[n_parts, n]`, in order; zeros if there are none.
 ///

@@ -1,7 +1,7 @@
 //! What a step's kernels are told (pure): the batch as words for device memory, who attends by which
 //! kernel, and the bucket whose graph the step may run by.
 
-use evener_kernels::cuda::attention::{Item, NO_SLOT, SPLIT, TILE_VECTORS, Tile, WORDS};
+use evener_kernels::cuda::attention::{Item, NO_SLOT, TILE_VECTORS, Tile, WORDS};
 
 use crate::backend::{Batch, KV_BLOCK_LEN, Span};
 
@@ -20,6 +20,8 @@ pub(super) struct Bounds {
     pub(super) n_kv_blocks: usize,
     /// The most query heads that one KV head serves; 0 without attention.
     pub(super) group: usize,
+    /// Positions of a split.
+    pub(super) split: u32,
     /// Whether `attend_tiles` can read the cache.
     pub(super) has_tiles: bool,
 }
@@ -155,7 +157,7 @@ impl Plan {
             } else {
                 splits.extend(
                     rows.map(|row| {
-                        (row, (batch.positions[row as usize] + 1).div_ceil(SPLIT as u32))
+                        (row, (batch.positions[row as usize] + 1).div_ceil(bounds.split))
                     }),
                 );
             }
@@ -231,6 +233,7 @@ mod tests {
         max_items: 40,
         n_kv_blocks: 1000,
         group: 3,
+        split: 256,
         has_tiles: true,
     };
 
@@ -297,7 +300,7 @@ mod tests {
                     .iter()
                     .find(|s| (s.first_row..s.first_row + s.n_rows).contains(&(row as u32)));
                 let is_tiled = tiled.contains(&span.map_or(0, |s| s.first_row));
-                let due = (batch.positions[row] + 1).div_ceil(SPLIT as u32);
+                let due = (batch.positions[row] + 1).div_ceil(bounds.split);
                 assert_eq!(next, if is_tiled { 0 } else { due }, "{spans:?} row {row}");
             }
             for span in batch.spans.iter().filter(|s| s.n_rows >= LEAST_TILED_ROWS) {

@@ -9,9 +9,10 @@ use std::cell::OnceCell;
 use std::time::Duration;
 
 use evener_collective::{Collective, Tag};
+use evener_kernels::cuda::activations::Activations;
 use evener_kernels::cuda::attention::{self, Heads, KvCache};
 use evener_kernels::cuda::group::Group;
-use evener_kernels::cuda::linear::{Activations, Parts};
+use evener_kernels::cuda::linear::{self, Parts};
 use evener_kernels::cuda::{Buffer, Device, Error as DeviceError, Graph, Shape, rows};
 use evener_kernels::peaks::n_peaks;
 
@@ -22,7 +23,7 @@ use super::step::Step;
 use super::sums::{self, Sums};
 use super::weights::Weights;
 use crate::backend::{Backend, Batch, Error, KV_BLOCK_LEN, KvFormat, Options};
-use crate::model::program::{Op, Program};
+use crate::model::program::{BufferId, Op, Program};
 
 /// Blocks of threads that attention is spread over at least, where sequences are long enough.
 const LEAST_ITEMS: usize = 1024;
@@ -39,12 +40,16 @@ pub(super) struct Rank {
     pub(super) device: Device,
     pub(super) weights: Weights,
     bounds: Bounds,
-    /// By [`BufferId`]: the front of each is `[n_parts, T, columns]` of the current step.
-    pub(super) buffers: Vec<Buffer<f32>>,
+    /// The front of each is `[n_parts, T, columns]` of the current step.
+    buffers: Vec<Buffer<f32>>,
+    /// By [`BufferId`]: which of `buffers` it is.
+    places: Vec<usize>,
     /// By layer.
     pub(super) caches: Vec<KvCache>,
     /// By op, what the device has to know of it.
     pub(super) prepared: Vec<Prepared>,
+    /// By op: the linear op behind it that alone reads what it makes.
+    pub(super) feeds: Vec<Option<usize>>,
     pub(super) scratch: Scratch,
     pub(super) angles: Angles,
     plan: Plan,
@@ -66,6 +71,7 @@ pub(super) enum Prepared {
 pub(super) struct Scratch {
     pub(super) words: Buffer<u32>,
     pub(super) activations: Activations,
+    pub(super) linear: linear::Scratch,
     pub(super) attended: Option<attention::Parts>,
     pub(super) sampled: Buffer<f32>, // [S, hidden]
     pub(super) logits: Buffer<f32>,  // [S, own vocabulary rows]
@@ -93,6 +99,7 @@ fn bounds(program: &Program, options: &Options, n_kv_blocks: usize) -> Bounds {
         max_items: max_tokens.max(LEAST_ITEMS),
         n_kv_blocks,
         group: groups.max().unwrap_or(0),
+        split: attention::split_len(options.kv_format) as u32,
         has_tiles: options.kv_format == KvFormat::F16,
     }
 }
@@ -103,10 +110,11 @@ pub(super) fn buffer_bytes(program: &Program, options: &Options) -> u64 {
     let widest = widest(program);
     let columns: usize = program.buffers.iter().map(|b| b.n_parts * b.columns).sum();
     let logits = bounds.max_samples * (program.vocab.len() + n_peaks(program.vocab.len()) + widest);
-    let attended = bounds.max_items * n_heads(program) * (program.head_dim + 2);
+    let attended = bounds.max_items * n_heads(program) * attention::part_len(program.head_dim);
     let angles = options.max_context * program.head_dim;
-    // Activations as integers and as two halves: two words a number in all.
-    4 * (bounds.max_tokens * (columns + 2 * widest) + logits + attended + angles) as u64
+    // Activations as f16 and as two of bf16: less than two words a number in all.
+    let words = bounds.max_tokens * (columns + 2 * widest) + logits + attended + angles;
+    (4 * words + 2 * linear::Scratch::len(widest)) as u64
 }
 
 fn widest(program: &Program) -> usize {
@@ -131,10 +139,12 @@ impl Rank {
     ) -> Result<Self, DeviceError> {
         let program = &weights.program;
         let bounds = bounds(program, options, n_kv_blocks);
-        let new_buffer = |b: &crate::model::program::Buffer| {
-            device.buffer(b.n_parts * bounds.max_tokens * b.columns)
-        };
-        let buffers = program.buffers.iter().map(new_buffer).collect::<Result<_, _>>()?;
+        let places = places(program);
+        let mut buffers = Vec::new();
+        for (id, b) in program.buffers.iter().enumerate() {
+            let n = b.n_parts * bounds.max_tokens * b.columns;
+            buffers.push(device.buffer(if places[id] == id { n } else { 0 })?);
+        }
         let new_cache = |_| KvCache::new(&device, shape, n_kv_blocks, program.n_kv_heads);
         let caches = (0..program.n_layers).map(new_cache).collect::<Result<_, _>>()?;
         let prepare = |op| prepare(&device, program, op);
@@ -151,6 +161,7 @@ impl Rank {
                 0 => None,
                 n => Some(attention::Parts::new(&device, bounds.max_items, n, shape.head_dim)?),
             },
+            linear: linear::Scratch::new(&device, widest)?,
             sampled: device.buffer(max_samples * widest)?,
             logits: device.buffer(max_samples * vocab)?,
             best: device.buffer(2 * max_samples)?,
@@ -162,8 +173,10 @@ impl Rank {
             group: None,
             bounds,
             buffers,
+            places,
             caches,
             prepared,
+            feeds: feeds(program),
             scratch,
             angles,
             plan: Plan::default(),
@@ -175,9 +188,60 @@ impl Rank {
         })
     }
 
+    pub(super) fn buffer(&self, id: BufferId) -> &Buffer<f32> {
+        &self.buffers[self.places[id.0]]
+    }
+
     fn n_columns(&self) -> usize {
         self.weights.program.vocab.len()
     }
+}
+
+/// Where each buffer lies: the one part of a sum in the sum itself, if it is added as soon as it is
+/// made.
+fn places(program: &Program) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..program.buffers.len()).collect();
+    for two in program.ops.windows(2) {
+        let [Op::LinearParts { out: made, .. }, Op::AllReduce { parts, out, .. }] = two else {
+            continue;
+        };
+        let is_one = program.buffers[parts.0].n_parts == 1;
+        if is_one
+            && made == parts
+            && program.buffers[parts.0].columns == program.buffers[out.0].columns
+        {
+            places[parts.0] = out.0;
+        }
+    }
+    places
+}
+
+fn feeds(program: &Program) -> Vec<Option<usize>> {
+    let reads = |op: &Op, id: BufferId| match op {
+        Op::Embed { .. } => false,
+        Op::Norm { residual, delta, .. } => *residual == id || *delta == Some(id),
+        Op::Linear { input, .. } | Op::LinearParts { input, .. } | Op::Head { input, .. } => {
+            *input == id
+        }
+        Op::RopeKv { q, k, v, .. } => [q, k, v].contains(&&id),
+        Op::Attention { q, .. } => *q == id,
+        Op::SiluGate { gate, up, .. } => *gate == id || *up == id,
+        Op::AllReduce { parts, .. } => *parts == id,
+    };
+    let makes = |op: &Op| match op {
+        Op::Norm { out, .. } | Op::Attention { out, .. } | Op::SiluGate { out, .. } => Some(*out),
+        _ => None,
+    };
+    let feeds = |(at, op): (usize, &Op)| {
+        let made = makes(op)?;
+        let mut after = program.ops[at + 1..].iter();
+        let next = after.next()?;
+        let is_linear = matches!(next, Op::Linear { .. } | Op::LinearParts { .. });
+        let mut until_made_again = after.take_while(|op| makes(op) != Some(made));
+        let is_alone = !until_made_again.any(|op| reads(op, made));
+        (is_linear && reads(next, made) && is_alone).then_some(at + 1)
+    };
+    program.ops.iter().enumerate().map(feeds).collect()
 }
 
 fn prepare(device: &Device, program: &Program, op: &Op) -> Result<Prepared, DeviceError> {

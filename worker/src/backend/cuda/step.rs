@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use evener_collective::{Collective, Tag};
+use evener_kernels::cuda::activations::{self, Forms, Making};
 use evener_kernels::cuda::attention::{self, Queries, Rows, WORDS};
-use evener_kernels::cuda::linear::{self, Projection, embed, linear};
+use evener_kernels::cuda::linear::{self, Projection, embed};
 use evener_kernels::cuda::{Error as DeviceError, rows};
 
 use super::plan::{Layout, Sizes};
@@ -43,9 +44,9 @@ impl Step<'_> {
                     let [mine, sum] = &mut *on_host;
                     mine.resize(self.len(*parts), 0.0);
                     sum.resize(self.len(*out), 0.0);
-                    self.rank.buffers[parts.0].download(0, mine)?;
+                    self.rank.buffer(*parts).download(0, mine)?;
                     collective.all_reduce(tag, plan, mine, sum)?;
-                    self.rank.buffers[out.0].upload(0, sum)?;
+                    self.rank.buffer(*out).upload(0, sum)?;
                 }
                 op => self.launch(index, op)?,
             }
@@ -60,14 +61,15 @@ impl Step<'_> {
                 self.launch(index, op)?;
                 continue;
             };
-            let [from, to] = [parts, out].map(|id| &self.rank.buffers[id.0]);
+            let [from, to] = [parts, out].map(|&id| self.rank.buffer(id));
             let n = self.len(*out);
+            if !std::ptr::eq(from, to) {
+                rows::add_parts(from, self.rank.weights.program.buffers[parts.0].n_parts, to, n)?;
+            }
             let Some(sums) = &mut sums else {
                 assert_eq!(self.len(*parts), n, "one rank owns every leaf, in one part");
-                to.copy(0, from, 0, n)?;
                 continue;
             };
-            rows::add_parts(from, self.rank.weights.program.buffers[parts.0].n_parts, to, n)?;
             sums.all_reduce(to, n)?;
             if !records {
                 sums.pace()?;
@@ -114,98 +116,128 @@ impl Step<'_> {
     }
 
     fn launch(&self, index: usize, op: &Op) -> Result<(), DeviceError> {
-        let Rank { weights, buffers, scratch, prepared, .. } = self.rank;
+        let Rank { weights, scratch, prepared, .. } = self.rank;
+        let buffer = |id: &BufferId| self.rank.buffer(*id);
         let Sizes { n_tokens, n_samples, .. } = self.sizes;
-        let parts = || match &prepared[index] {
-            Prepared::Parts(parts) => parts,
-            Prepared::Nothing | Prepared::Heads(_) => unreachable!("prepared by its op"),
-        };
         match op {
             Op::Embed { table, out } => {
                 let first_row = weights.program.weights[table.0].rows.start;
                 let tokens = scratch.words.view(self.layout.tokens, n_tokens);
-                embed(weights.matrix(*table), first_row, tokens, &buffers[out.0])
+                embed(weights.matrix(*table), first_row, tokens, buffer(out))
             }
             Op::Norm { residual, delta, weight, eps, out } => {
-                let delta = delta.map(|delta| &buffers[delta.0]);
-                let weight = weights.vector(*weight);
-                let (residual, out) = (&buffers[residual.0], &buffers[out.0]);
-                rows::rms_norm(residual, delta, weight, *eps, out, n_tokens)
+                let delta = delta.as_ref().map(buffer);
+                let to = self.making(index, *out);
+                activations::rms_norm(buffer(residual), delta, weights.vector(*weight), *eps, to)
             }
-            Op::Linear { input, projections } => {
-                let parts = parts();
-                let of = |one: &crate::model::program::Projection| Projection {
-                    weight: weights.matrix(one.weight),
-                    parts,
-                    out: &buffers[one.out.0],
-                };
-                let projections: Vec<Projection<'_>> = projections.iter().map(of).collect();
-                self.linear(*input, n_tokens, &projections)
-            }
-            Op::LinearParts { input, weight, out, .. } => {
-                let (weight, out) = (weights.matrix(*weight), &buffers[out.0]);
-                self.linear(*input, n_tokens, &[Projection { weight, parts: parts(), out }])
-            }
+            Op::Linear { .. } | Op::LinearParts { .. } => self.linear(index, op),
             Op::RopeKv { q, k, v, layer, rope } => {
                 let head_dim = weights.program.head_dim;
                 let n_heads = weights.columns(*q) / head_dim;
-                let [q, k, v] = [q, k, v].map(|id| &buffers[id.0]);
                 let cache = &self.rank.caches[*layer];
-                attention::rope_kv(
-                    [q, k, v],
-                    n_heads,
-                    self.rows(),
-                    self.rank.angles.of(rope),
-                    cache,
-                )
+                let angles = self.rank.angles.of(rope);
+                attention::rope_kv([q, k, v].map(buffer), n_heads, self.rows(), angles, cache)
             }
             Op::Attention { q, layer, scale, out, .. } => {
                 let Prepared::Heads(heads) = &prepared[index] else {
                     unreachable!("prepared by its op")
                 };
-                let (q, out) = (&buffers[q.0], &buffers[out.0]);
-                self.attend(Queries { q, heads, scale: *scale, out }, *layer)
+                let queries = Queries { q: buffer(q), heads, scale: *scale };
+                self.attend(queries, *layer, self.making(index, *out))
             }
             Op::SiluGate { gate, up, out } => {
-                let [gate, up] = [gate, up].map(|id| &buffers[id.0]);
-                rows::silu_gate(gate, up, &buffers[out.0], self.len(*out))
+                activations::silu_gate(buffer(gate), buffer(up), self.making(index, *out))
             }
             Op::Head { input, weight } => {
                 let (columns, weight) = (weights.columns(*input), weights.matrix(*weight));
                 let samples = scratch.words.view(self.layout.samples, n_samples);
-                rows::take_rows(&buffers[input.0], samples, &scratch.sampled, columns)?;
-                let out = &scratch.logits;
-                let projection = Projection { weight, parts: parts(), out };
-                let from = &scratch.sampled;
-                linear(from, columns, n_samples, &scratch.activations, &[projection])
+                rows::take_rows(buffer(input), samples, &scratch.sampled, columns)?;
+                let projection =
+                    Projection { weight, parts: self.parts(index), out: &scratch.logits };
+                let (from, made) = (&scratch.sampled, &scratch.activations);
+                linear::linear(from, columns, n_samples, made, &scratch.linear, &[projection])
             }
             Op::AllReduce { .. } => unreachable!("met by the caller"),
         }
     }
 
-    fn linear(
-        &self,
-        input: BufferId,
-        n_tokens: usize,
-        projections: &[linear::Projection<'_>],
-    ) -> Result<(), DeviceError> {
-        let columns = self.rank.weights.columns(input);
-        let activations = &self.rank.scratch.activations;
-        linear(&self.rank.buffers[input.0], columns, n_tokens, activations, projections)
+    fn parts(&self, index: usize) -> &linear::Parts {
+        match &self.rank.prepared[index] {
+            Prepared::Parts(parts) => parts,
+            Prepared::Nothing | Prepared::Heads(_) => unreachable!("prepared by its op"),
+        }
     }
 
-    fn attend(&self, queries: Queries<'_>, layer: usize) -> Result<(), DeviceError> {
+    /// What op `index` makes: as products take it if a linear op alone reads it, else rows of f32.
+    fn making(&self, index: usize, out: BufferId) -> Making<'_> {
+        let Rank { weights, scratch, feeds, device, .. } = self.rank;
+        let n_tokens = self.sizes.n_tokens;
+        let forms = feeds[index].map_or(Forms::PLAIN, |fed| {
+            let read = match &weights.program.ops[fed] {
+                Op::Linear { projections, .. } => {
+                    projections.iter().map(|one| one.weight).collect()
+                }
+                Op::LinearParts { weight, .. } => vec![*weight],
+                _ => unreachable!("`feeds` names linear ops"),
+            };
+            let matrices = read.into_iter().map(|id| weights.matrix(id));
+            Forms::read_by(matrices, n_tokens, device)
+        });
+        Making {
+            activations: &scratch.activations,
+            forms,
+            plain: self.rank.buffer(out),
+            columns: weights.columns(out),
+            n_tokens,
+        }
+    }
+
+    fn linear(&self, index: usize, op: &Op) -> Result<(), DeviceError> {
+        let Rank { weights, scratch, feeds, .. } = self.rank;
+        let of = |weight, out| Projection {
+            weight: weights.matrix(weight),
+            parts: self.parts(index),
+            out: self.rank.buffer(out),
+        };
+        let (input, projections) = match op {
+            Op::Linear { input, projections } => {
+                (*input, projections.iter().map(|one| of(one.weight, one.out)).collect())
+            }
+            Op::LinearParts { input, weight, out, .. } => (*input, vec![of(*weight, *out)]),
+            _ => unreachable!("a linear op"),
+        };
+        if index > 0 && feeds[index - 1] == Some(index) {
+            let made = self.making(index - 1, input);
+            return linear::multiply(made, &scratch.linear, &projections);
+        }
+        let (from, columns) = (self.rank.buffer(input), weights.columns(input));
+        let (n_tokens, made) = (self.sizes.n_tokens, &scratch.activations);
+        linear::linear(from, columns, n_tokens, made, &scratch.linear, &projections)
+    }
+
+    fn attend(
+        &self,
+        queries: Queries<'_>,
+        layer: usize,
+        to: Making<'_>,
+    ) -> Result<(), DeviceError> {
         let (words, cache) = (&self.rank.scratch.words, &self.rank.caches[layer]);
         let Sizes { n_tokens, n_items, n_tiles, .. } = self.sizes;
+        // Where tiles write rows of f32, so does all else, and the rest is made of these.
+        let first = if n_tiles > 0 { Making { forms: Forms::PLAIN, ..to } } else { to };
         if n_items > 0 {
             let items = words.view(self.layout.items, WORDS * n_items);
             let first_items = words.view(self.layout.first_items, n_tokens + 1);
             let parts = self.rank.scratch.attended.as_ref().expect("there is attention");
-            attention::attend(queries, self.rows(), items, first_items, cache, parts)?;
+            attention::attend(queries, self.rows(), items, cache, parts)?;
+            attention::merge(parts, first_items, queries.heads, first)?;
         }
         if n_tiles > 0 {
             let tiles = words.view(self.layout.tiles, WORDS * n_tiles);
-            attention::attend_tiles(queries, self.rows(), tiles, cache)?;
+            attention::attend_tiles(queries, self.rows(), tiles, cache, to.plain)?;
+        }
+        if n_tiles > 0 && to.forms != Forms::PLAIN {
+            activations::plain(to.plain, to.without_plain())?;
         }
         Ok(())
     }

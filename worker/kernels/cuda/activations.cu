@@ -1,0 +1,160 @@
+// Activations as products take them, and the kernels that make them: from plain rows, from a norm, from the gate. (Those
+// of attention: `merge_attended` of attention.cu.)
+//
+// For weights in integers: f16 numbers with a scale for each run of 32 columns, a power of two that brings the run's
+// largest to 2^14 and above. For weights of bf16: two bf16 numbers each, the second holding what the first lost.
+
+#define RUN 32
+#define MAKE_THREADS 256
+#define NORM_THREADS 512
+// Stretches of NORM_THREADS * 4 columns whose numbers a thread of `rms_norm` keeps.
+#define NORM_KEPT 4
+
+// Where they go. Null is what nobody reads.
+struct Made {
+    // [token][run][t of 0 to 3] four words, the pairs of columns (4t, 4t + 2), (4t + 1, 4t + 3) and the same of 16 + 4t..:
+    // `quantised.cu` takes weights apart in this order.
+    uint2* halves;
+    // [run][padded tokens]: 2^24 times the run's scale, and 2^-24 times the sums of its f16 numbers in columns 0 to 15 and
+    // in the rest. So integer weights u stand for themselves as the bits of f16 numbers u * 2^-24.
+    float* scales;
+    float2* totals;
+    u16 *first, *second; // [token][columns]
+    float* plain;        // [token][columns]
+    u32 columns, n_tokens;
+};
+
+// Tokens of planes by run: a whole number of tensor tiles. What is beyond the tokens is unknown.
+DEVICE u32 padded(u32 n_tokens) { return (n_tokens + 7) / 8 * 8; }
+
+// Four columns of a run, the `lane`-th four; eight neighbouring lanes hold a run, and all lanes of the warp are here.
+DEVICE void make(const Made& to, u32 token, u32 run, u32 lane, float4 v, bool is_there) {
+    const u64 at = (u64)token * to.columns + run * RUN + lane * 4;
+    if (is_there && to.plain) *(float4*)(to.plain + at) = v;
+    const float of_lane[4] = {v.x, v.y, v.z, v.w};
+    if (is_there && to.first) {
+        u16 first[4], second[4];
+        for (int i = 0; i < 4; i++) {
+            first[i] = float_to_bf16(of_lane[i]);
+            second[i] = float_to_bf16(of_lane[i] - bf16_to_float(first[i]));
+        }
+        *(uint2*)(to.first + at) = {pair(first[0], first[1]), pair(first[2], first[3])};
+        if (to.second) *(uint2*)(to.second + at) = {pair(second[0], second[1]), pair(second[2], second[3])};
+    }
+    if (!to.halves) return;
+    float largest = 0.0f, poison = 0.0f;
+    for (int i = 0; i < 4; i++) {
+        largest = fmaxf(largest, fabsf(of_lane[i]));
+        poison = fmaf(of_lane[i], 0.0f, poison);
+    }
+    for (int mask = 4; mask > 0; mask /= 2) {
+        largest = fmaxf(largest, shuffle_xor(largest, mask));
+        poison += shuffle_xor(poison, mask);
+    }
+    // A run that holds what is not finite has a scale that is none. One below 2^-102 is taken as zeros.
+    const bool is_finite = poison == 0.0f;
+    const u32 exponent = bits_of(largest) >> 23;
+    const bool is_zero = !is_finite || exponent < 25;
+    const float inverse = is_zero ? 0.0f : float_of((127 + 14 + 127 - exponent) << 23);
+    u16 half[4];
+    float total = 0.0f;
+    for (int i = 0; i < 4; i++) {
+        half[i] = is_finite ? float_to_half(of_lane[i] * inverse) : 0;
+        total += half_to_float(half[i]);
+    }
+    for (int mask = 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+    if (!is_there) return;
+    const u32 n_runs = to.columns / RUN;
+    to.halves[(((u64)token * n_runs + run) * 4 + lane % 4) * 2 + lane / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
+    const u64 of_run = (u64)run * padded(to.n_tokens) + token;
+    // 2^24 * 2^(exponent - 127 - 14), in two factors: the product may be beyond a float's range, and is infinite then.
+    if (lane == 0) to.scales[of_run] = is_finite ? (is_zero ? 0.0f : float_of(exponent << 23) * 1024.0f) : poison;
+    if (lane % 4 == 0) ((float*)to.totals)[2 * of_run + lane / 4] = total * 5.9604644775390625e-8f;
+}
+
+// Of rows [tokens][columns]. Grid: 1024 columns, tokens.
+KERNEL(MAKE_THREADS)
+make_plain(const float* in, Made to) {
+    depend();
+    const u32 run = blockIdx.x * (MAKE_THREADS / 8) + threadIdx.x / 8, token = blockIdx.y;
+    const bool is_there = run < to.columns / RUN;
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (is_there) v = ((const float4*)(in + (u64)token * to.columns))[run * 8 + threadIdx.x % 8];
+    make(to, token, run, threadIdx.x % 8, v, is_there);
+}
+
+// residual += delta where there is a delta (it may be null); then residual / rms(residual) * weight. A block a row.
+KERNEL(NORM_THREADS)
+rms_norm(float* residual, const float* delta, const float* weight, Made to, float eps) {
+    depend();
+    float* place = (float*)shared_memory();
+    const u32 token = blockIdx.x, n_fours = to.columns / 4;
+    float4* row = (float4*)(residual + (u64)token * to.columns);
+    const float4* more = (const float4*)(delta + (u64)token * to.columns);
+    float4 kept[NORM_KEPT];
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_KEPT; i++) {
+        const u32 at = i * NORM_THREADS + threadIdx.x;
+        kept[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (at >= n_fours) continue;
+        kept[i] = row[at];
+        if (delta) {
+            const float4 d = more[at];
+            kept[i] = {kept[i].x + d.x, kept[i].y + d.y, kept[i].z + d.z, kept[i].w + d.w};
+            row[at] = kept[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < NORM_KEPT; i++) {
+        const float4 v = kept[i];
+        square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, square))));
+    }
+    for (u32 at = NORM_KEPT * NORM_THREADS + threadIdx.x; at < n_fours; at += NORM_THREADS) {
+        float4 v = row[at];
+        if (delta) {
+            const float4 d = more[at];
+            v = {v.x + d.x, v.y + d.y, v.z + d.z, v.w + d.w};
+            row[at] = v;
+        }
+        square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, square))));
+    }
+    const float mean = block_sum(square, place) / (float)to.columns;
+    const float scale = 1.0f / sqrtf(mean + eps);
+#pragma unroll
+    for (int i = 0; i < NORM_KEPT; i++) {
+        const u32 at = i * NORM_THREADS + threadIdx.x;
+        if (i * NORM_THREADS >= n_fours) break;
+        float4 v = kept[i];
+        if (at < n_fours) {
+            const float4 w = ((const float4*)weight)[at];
+            v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
+        }
+        make(to, token, at / 8, at % 8, v, at < n_fours);
+    }
+    for (u32 first = NORM_KEPT * NORM_THREADS; first < n_fours; first += NORM_THREADS) {
+        const u32 at = first + threadIdx.x;
+        float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (at < n_fours) {
+            const float4 x = row[at], w = ((const float4*)weight)[at];
+            v = {x.x * scale * w.x, x.y * scale * w.y, x.z * scale * w.z, x.w * scale * w.w};
+        }
+        make(to, token, at / 8, at % 8, v, at < n_fours);
+    }
+}
+
+// gate / (1 + e^-gate) * up, both [tokens][columns]. Grid: 1024 columns, tokens.
+KERNEL(MAKE_THREADS)
+silu_gate(const float* gate, const float* up, Made to) {
+    depend();
+    const u32 run = blockIdx.x * (MAKE_THREADS / 8) + threadIdx.x / 8, token = blockIdx.y;
+    const bool is_there = run < to.columns / RUN;
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (is_there) {
+        const u64 at = ((u64)token * to.columns) / 4 + run * 8 + threadIdx.x % 8;
+        const float4 g = ((const float4*)gate)[at], u = ((const float4*)up)[at];
+        v = {g.x / (1.0f + exponential(-g.x)) * u.x, g.y / (1.0f + exponential(-g.y)) * u.y,
+             g.z / (1.0f + exponential(-g.z)) * u.z, g.w / (1.0f + exponential(-g.w)) * u.w};
+    }
+    make(to, token, run, threadIdx.x % 8, v, is_there);
+}
