@@ -1,11 +1,11 @@
 // Activations as products take them, and the kernels that make them: from plain rows, from a norm, from the gate. (Those
 // of attention: `merge_attended` of attention.cu.)
 //
-// For weights in integers: f16 numbers with a scale for each run of 32 columns, a power of two that brings the run's
+// For weights in integers: f16 numbers with a scale for each step of 128 columns, a power of two that brings the step's
 // largest to 2^14 and above. For weights of bf16: two bf16 numbers each, the second holding what the first lost.
 
 #define RUN 32
-#define MAKE_THREADS 256
+#define MAKE_THREADS 128
 #define NORM_THREADS 512
 // Stretches of NORM_THREADS * 4 columns whose numbers a thread of `rms_norm` keeps.
 #define NORM_KEPT 4
@@ -15,10 +15,9 @@ struct Made {
     // [token][run][t of 0 to 3] four words, the pairs of columns (4t, 4t + 2), (4t + 1, 4t + 3) and the same of 16 + 4t..:
     // `quantised.cu` takes weights apart in this order.
     uint2* halves;
-    // [run][padded tokens]: 2^24 times the run's scale, and 2^-24 times the sums of its f16 numbers in columns 0 to 15 and
-    // in the rest. So integer weights u stand for themselves as the bits of f16 numbers u * 2^-24.
-    float* scales;
-    float2* totals;
+    float* scales; // [step][padded tokens], 2^24 times the scale: `quantised.cu` takes integers u for u * 2^-24
+    // [half a run][padded tokens]: 2^-4 times the sum of its f16 numbers, as two f16 numbers whose sum it is to 22 bits.
+    u32* totals;
     u16 *first, *second; // [token][columns]
     float* plain;        // [token][columns]
     u32 columns, n_tokens;
@@ -27,35 +26,15 @@ struct Made {
 // Tokens of planes by run: a whole number of tensor tiles. What is beyond the tokens is unknown.
 DEVICE u32 padded(u32 n_tokens) { return (n_tokens + 7) / 8 * 8; }
 
-// Four columns of a run, the `lane`-th four; eight neighbouring lanes hold a run, and all lanes of the warp are here.
-DEVICE void make(const Made& to, u32 token, u32 run, u32 lane, float4 v, bool is_there) {
-    const u64 at = (u64)token * to.columns + run * RUN + lane * 4;
-    if (is_there && to.plain) *(float4*)(to.plain + at) = v;
-    const float of_lane[4] = {v.x, v.y, v.z, v.w};
-    if (is_there && to.first) {
-        u16 first[4], second[4];
-        for (int i = 0; i < 4; i++) {
-            first[i] = float_to_bf16(of_lane[i]);
-            second[i] = float_to_bf16(of_lane[i] - bf16_to_float(first[i]));
-        }
-        *(uint2*)(to.first + at) = {pair(first[0], first[1]), pair(first[2], first[3])};
-        if (to.second) *(uint2*)(to.second + at) = {pair(second[0], second[1]), pair(second[2], second[3])};
-    }
-    if (!to.halves) return;
-    float largest = 0.0f, poison = 0.0f;
-    for (int i = 0; i < 4; i++) {
-        largest = fmaxf(largest, fabsf(of_lane[i]));
-        poison = fmaf(of_lane[i], 0.0f, poison);
-    }
-    for (int mask = 4; mask > 0; mask /= 2) {
-        largest = fmaxf(largest, shuffle_xor(largest, mask));
-        poison += shuffle_xor(poison, mask);
-    }
-    // A run that holds what is not finite has a scale that is none. One below 2^-102 is taken as zeros.
-    const bool is_finite = poison == 0.0f;
-    const u32 exponent = bits_of(largest) >> 23;
+// The exponent of the power of two that is above |x|, as floats have it; of a step with such a largest.
+DEVICE u32 exponent_of(float x) { return bits_of(x) >> 23 & 255u; }
+
+// Four columns of a step, the `lane`-th four; a warp holds the step. `exponent`: of the step's largest. `is_finite`: all of it.
+DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v, u32 exponent, bool is_finite, bool is_there) {
+    // A step below 2^-102 is taken as zeros; what holds a number that is none has a scale that is none.
     const bool is_zero = !is_finite || exponent < 25;
     const float inverse = is_zero ? 0.0f : float_of((127 + 14 + 127 - exponent) << 23);
+    const float of_lane[4] = {v.x, v.y, v.z, v.w};
     u16 half[4];
     float total = 0.0f;
     for (int i = 0; i < 4; i++) {
@@ -64,23 +43,58 @@ DEVICE void make(const Made& to, u32 token, u32 run, u32 lane, float4 v, bool is
     }
     for (int mask = 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
     if (!is_there) return;
-    const u32 n_runs = to.columns / RUN;
-    to.halves[(((u64)token * n_runs + run) * 4 + lane % 4) * 2 + lane / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
-    const u64 of_run = (u64)run * padded(to.n_tokens) + token;
+    const u32 n_runs = to.columns / RUN, run = step * 4 + lane / 8, four = lane % 8;
+    to.halves[(((u64)token * n_runs + run) * 4 + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
+    const u32 n_padded = padded(to.n_tokens);
+    if (lane % 4 == 0) {
+        total *= 0.0625f;
+        const u16 high = float_to_half(total);
+        to.totals[(u64)(run * 2 + four / 4) * n_padded + token] = pair(high, float_to_half(total - half_to_float(high)));
+    }
     // 2^24 * 2^(exponent - 127 - 14), in two factors: the product may be beyond a float's range, and is infinite then.
-    if (lane == 0) to.scales[of_run] = is_finite ? (is_zero ? 0.0f : float_of(exponent << 23) * 1024.0f) : poison;
-    if (lane % 4 == 0) ((float*)to.totals)[2 * of_run + lane / 4] = total * 5.9604644775390625e-8f;
+    const float scale = is_zero ? 0.0f : float_of(exponent << 23) * 1024.0f;
+    if (lane == 0) to.scales[(u64)step * n_padded + token] = is_finite ? scale : float_of(0x7fc00000u);
 }
 
-// Of rows [tokens][columns]. Grid: 1024 columns, tokens.
+// As rows of f32 and of bf16.
+DEVICE void make_floats(const Made& to, u64 at, float4 v) {
+    if (to.plain) *(float4*)(to.plain + at) = v;
+    if (!to.first) return;
+    const float of_lane[4] = {v.x, v.y, v.z, v.w};
+    u16 first[4], second[4];
+    for (int i = 0; i < 4; i++) {
+        first[i] = float_to_bf16(of_lane[i]);
+        second[i] = float_to_bf16(of_lane[i] - bf16_to_float(first[i]));
+    }
+    *(uint2*)(to.first + at) = {pair(first[0], first[1]), pair(first[2], first[3])};
+    if (to.second) *(uint2*)(to.second + at) = {pair(second[0], second[1]), pair(second[2], second[3])};
+}
+
+// Four columns of a step, the `lane`-th four; all lanes of a warp are here, and hold the step.
+DEVICE void make(const Made& to, u32 token, u32 step, u32 lane, float4 v, bool is_there) {
+    if (is_there) make_floats(to, (u64)token * to.columns + step * 128 + lane * 4, v);
+    if (!to.halves) return;
+    const float of_lane[4] = {v.x, v.y, v.z, v.w};
+    float largest = 0.0f, poison = 0.0f;
+    for (int i = 0; i < 4; i++) {
+        largest = fmaxf(largest, fabsf(of_lane[i]));
+        poison = fmaf(of_lane[i], 0.0f, poison);
+    }
+    largest = warp_max(largest);
+    poison = warp_sum(poison);
+    make_halves(to, token, step, lane, v, exponent_of(largest), poison == 0.0f, is_there);
+}
+
+// Of rows of `in`, [..][columns]: those that `rows` names, or each, where it is null. Grid: 512 columns, tokens.
 KERNEL(MAKE_THREADS)
-make_plain(const float* in, Made to) {
+make_plain(const float* in, const u32* rows, Made to) {
     depend();
-    const u32 run = blockIdx.x * (MAKE_THREADS / 8) + threadIdx.x / 8, token = blockIdx.y;
-    const bool is_there = run < to.columns / RUN;
+    const u32 at = blockIdx.x * MAKE_THREADS + threadIdx.x, token = blockIdx.y;
+    const u64 row = rows ? rows[token] : token;
+    const bool is_there = at < to.columns / 4;
     float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (is_there) v = ((const float4*)(in + (u64)token * to.columns))[run * 8 + threadIdx.x % 8];
-    make(to, token, run, threadIdx.x % 8, v, is_there);
+    if (is_there) v = ((const float4*)(in + row * to.columns))[at];
+    make(to, token, at / 32, at % 32, v, is_there);
 }
 
 // residual += delta where there is a delta (it may be null); then residual / rms(residual) * weight. A block a row.
@@ -130,7 +144,7 @@ rms_norm(float* residual, const float* delta, const float* weight, Made to, floa
             const float4 w = ((const float4*)weight)[at];
             v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
         }
-        make(to, token, at / 8, at % 8, v, at < n_fours);
+        make(to, token, at / 32, at % 32, v, at < n_fours);
     }
     for (u32 first = NORM_KEPT * NORM_THREADS; first < n_fours; first += NORM_THREADS) {
         const u32 at = first + threadIdx.x;
@@ -139,22 +153,22 @@ rms_norm(float* residual, const float* delta, const float* weight, Made to, floa
             const float4 x = row[at], w = ((const float4*)weight)[at];
             v = {x.x * scale * w.x, x.y * scale * w.y, x.z * scale * w.z, x.w * scale * w.w};
         }
-        make(to, token, at / 8, at % 8, v, at < n_fours);
+        make(to, token, at / 32, at % 32, v, at < n_fours);
     }
 }
 
-// gate / (1 + e^-gate) * up, both [tokens][columns]. Grid: 1024 columns, tokens.
+// gate / (1 + e^-gate) * up, both [tokens][columns]. Grid: 512 columns, tokens.
 KERNEL(MAKE_THREADS)
 silu_gate(const float* gate, const float* up, Made to) {
     depend();
-    const u32 run = blockIdx.x * (MAKE_THREADS / 8) + threadIdx.x / 8, token = blockIdx.y;
-    const bool is_there = run < to.columns / RUN;
+    const u32 at = blockIdx.x * MAKE_THREADS + threadIdx.x, token = blockIdx.y;
+    const bool is_there = at < to.columns / 4;
     float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
     if (is_there) {
-        const u64 at = ((u64)token * to.columns) / 4 + run * 8 + threadIdx.x % 8;
-        const float4 g = ((const float4*)gate)[at], u = ((const float4*)up)[at];
+        const u64 from = ((u64)token * to.columns) / 4 + at;
+        const float4 g = ((const float4*)gate)[from], u = ((const float4*)up)[from];
         v = {g.x / (1.0f + exponential(-g.x)) * u.x, g.y / (1.0f + exponential(-g.y)) * u.y,
              g.z / (1.0f + exponential(-g.z)) * u.z, g.w / (1.0f + exponential(-g.w)) * u.w};
     }
-    make(to, token, run, threadIdx.x % 8, v, is_there);
+    make(to, token, at / 32, at % 32, v, is_there);
 }

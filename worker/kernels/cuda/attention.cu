@@ -414,7 +414,7 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* positions,
 
 // The parts of a row, to its attention. Grid: rows, heads. `first_items`: where the items of each row begin, and where the
 // last end; a row without items is left alone. Each warp adds up every MERGE_WARPS-th part, in order; then the warps' sums
-// are added in order. Shared: [MERGE_WARPS][HEAD_DIM + 4].
+// are added in order. Shared: [MERGE_WARPS][PART]. Halves are made of a cache in f16 only.
 KERNEL(MERGE_THREADS)
 merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads) {
     depend();
@@ -451,5 +451,8 @@ merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads)
         }
         v = {v.x / all, v.y / all, v.z / all, v.w / all};
     }
-    make(to, row, (head * HEAD_DIM + column) / RUN, threadIdx.x % 8, v, is_there);
+    const u32 four = head * (HEAD_DIM / 4) + threadIdx.x;
+    if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
+    // A mean of values of f16: one scale does for all, 2.
+    if (to.halves) make_halves(to, row, four / 32, four % 32, v, 142, v.x + v.y + v.z + v.w == v.x + v.y + v.z + v.w, is_there);
 }

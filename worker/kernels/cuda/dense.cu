@@ -9,61 +9,37 @@ struct Dense {
     u32 rows, n_runs;
 };
 
-#define DENSE_UNIT 4 // runs that a warp takes at once
+// A step is two runs. A lane holds columns 8t to 8t + 7 of each, which are any eight to the product as long as both sides
+// take the same.
+struct OfBf16Rows {
+    typedef Dense Matrix;
+    static constexpr u32 RUNS = 2, LEN = 4 * 32;
 
-struct DenseUnit {
-    uint4 rows[2][DENSE_UNIT];
-};
-
-// A lane holds columns 8t to 8t + 7 of a run, which are any eight to the product as long as both sides take the same.
-DEVICE DenseUnit dense_unit_of(const Dense& m, u32 tile, u32 unit, u32 lane) {
-    DenseUnit u;
+    static DEVICE_MEMBER void fetch_step(const Dense& m, uint4* stage, u32 tile, u32 step, u32 lane) {
+        const uint4* from = m.w + ((u64)(tile * TILE_ROWS + lane / 4) * m.n_runs + step * RUNS) * 4 + lane % 4;
+        const bool has_two = step * RUNS + 1 < m.n_runs;
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-        const uint4* from = m.w + ((u64)(tile * TILE_ROWS + lane / 4 + 8 * row) * m.n_runs + unit * DENSE_UNIT) * 4 + lane % 4;
-#pragma unroll
-        for (int i = 0; i < DENSE_UNIT; i++) {
-            if (unit * DENSE_UNIT + i < m.n_runs) u.rows[row][i] = read_once(from + i * 4);
+        for (int row = 0; row < 2; row++) {
+            copy_begin(stage + row * 32 + lane, from + (u64)row * 8 * m.n_runs * 4);
+            if (has_two) copy_begin(stage + (2 + row) * 32 + lane, from + (u64)row * 8 * m.n_runs * 4 + 4);
         }
     }
-    return u;
-}
 
-// As `multiply` of quantised.cu.
-template <int TOKEN_TILES>
-DEVICE void multiply_bf16(const Several<Dense>& all, const Made& x, const u32* parts, u32 n_tokens) {
-    const Chosen<Dense> chosen = choose(all, blockIdx.x);
-    const Dense m = chosen.matrix;
-    const u32 tile = chosen.tile;
-    const u32 n_padded = padded(n_tokens), first_token = blockIdx.y * 8 * TOKEN_TILES;
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];
-    u32 unit = begin / DENSE_UNIT + warp;
-    DenseUnit next;
-    if (unit * DENSE_UNIT < end) next = dense_unit_of(m, tile, unit, lane);
-    depend();
-    float sums[TOKEN_TILES][4];
-    for (int n = 0; n < TOKEN_TILES; n++) {
-        for (int i = 0; i < 4; i++) sums[n][i] = 0.0f;
-    }
-    for (; unit * DENSE_UNIT < end; unit += WARPS) {
-        const DenseUnit u = next;
-        if ((unit + WARPS) * DENSE_UNIT < end) next = dense_unit_of(m, tile, unit + WARPS, lane);
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Dense& m, const Made& x, u32 step,
+                                       u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
+        const u32 g = lane / 4, t = lane % 4;
 #pragma unroll
-        for (int i = 0; i < DENSE_UNIT; i++) {
-            const u32 run = unit * DENSE_UNIT + i;
+        for (int i = 0; i < (int)RUNS; i++) {
+            const u32 run = step * RUNS + i;
             if (run < begin || run >= end) continue;
-            const uint4 a = u.rows[0][i], below = u.rows[1][i];
+            const uint4 a = stage[2 * i * 32 + lane], below = stage[(2 * i + 1) * 32 + lane];
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; n++) {
-                const u32 token = first_token + 8 * n;
-                if (token >= n_padded) break;
-                const u64 at = ((u64)(token + g) * m.n_runs + run) * 4 + t;
-                uint4 b = {0, 0, 0, 0}, rest = {0, 0, 0, 0};
-                if (token + g < n_tokens) {
-                    b = ((const uint4*)x.first)[at];
-                    rest = ((const uint4*)x.second)[at];
-                }
+                if (n > 0 && first_token + 8 * n >= n_tokens) break;
+                const u32 token = min(first_token + 8 * n + g, n_tokens - 1); // what is beyond is not looked at
+                const u64 at = ((u64)token * m.n_runs + run) * 4 + t;
+                const uint4 b = ((const uint4*)x.first)[at], rest = ((const uint4*)x.second)[at];
                 mma_bf16(sums[n], a.x, below.x, a.y, below.y, b.x, b.y);
                 mma_bf16(sums[n], a.x, below.x, a.y, below.y, rest.x, rest.y);
                 mma_bf16(sums[n], a.z, below.z, a.w, below.w, b.z, b.w);
@@ -71,14 +47,13 @@ DEVICE void multiply_bf16(const Several<Dense>& all, const Made& x, const u32* p
             }
         }
     }
-    add_warps<TOKEN_TILES>(sums, chosen.out, tile, m.rows, n_tokens);
-}
+};
 
 KERNEL(LINEAR_THREADS)
-linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { multiply_bf16<1>(all, x, parts, n_tokens); }
+linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, 1>(all, x, parts, n_tokens); }
 
 KERNEL(LINEAR_THREADS)
-linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { multiply_bf16<4>(all, x, parts, n_tokens); }
+linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, 4>(all, x, parts, n_tokens); }
 
 struct OfF32 {
     typedef float Number;

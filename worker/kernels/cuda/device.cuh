@@ -11,6 +11,7 @@ typedef unsigned long long u64;
 
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 
 extern __shared__ uint4 dynamic_shared[];
 
@@ -28,13 +29,18 @@ DEVICE void depend() {
 #endif
 }
 
-// Sixteen bytes that nobody reads again soon.
-DEVICE uint4 read_once(const uint4* from) {
-    uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from));
-    return x;
+DEVICE void warp_sync() { __syncwarp(); }
+
+// Begins to copy sixteen bytes that nobody reads again soon to shared memory. Copies begun since the last `copy_commit` are a
+// group; `copy_wait<N>` waits until all of this thread's groups but the last N are there.
+DEVICE void copy_begin(uint4* to, const uint4* from) {
+    const u32 place = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }

@@ -36,6 +36,7 @@ struct Dim3 { u32 x, y, z; };
 
 #define KERNEL(threads) extern "C" void
 #define DEVICE static inline
+#define DEVICE_MEMBER inline
 
 namespace emulator {
 
@@ -248,7 +249,15 @@ DEVICE void block_sync() {
     emulator::meet(block->n_arrived, block->n_meetings, block->fibers->size());
 }
 
-DEVICE uint4 read_once(const uint4* from) { return *from; }
+DEVICE void warp_sync() {
+    emulator::Warp& mine = emulator::warp();
+    emulator::meet(mine.n_arrived, mine.n_meetings, 32);
+}
+
+DEVICE void copy_begin(uint4* to, const uint4* from) { *to = *from; }
+DEVICE void copy_commit() {}
+template <int N>
+DEVICE void copy_wait() {}
 
 // Kernels run one after the other.
 DEVICE void depend() {}

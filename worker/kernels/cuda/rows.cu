@@ -16,14 +16,6 @@ add_parts(const float* parts, float* out, u32 n, u32 n_parts) {
     out[i] = sum;
 }
 
-// out[i] = in[rows[i]]. A block a row.
-KERNEL(ROW_THREADS)
-take_rows(const float* in, const u32* rows, float* out, u32 columns) {
-    depend();
-    const u64 from = (u64)rows[blockIdx.x] * columns, to = (u64)blockIdx.x * columns;
-    for (u32 i = threadIdx.x; i < columns; i += ROW_THREADS) out[to + i] = in[from + i];
-}
-
 // The largest logit of a row, and of equals the first: `out[2 row]` is the logit, `out[2 row + 1]` holds its index as
 // bits. If one is not finite, the first such. A block a row; at least one column.
 KERNEL(ROW_THREADS)

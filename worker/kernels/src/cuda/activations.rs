@@ -6,10 +6,12 @@ use super::linear::{Route, route};
 use super::matrix::Matrix;
 use super::memory::Buffer;
 use super::rows::{assert_together, launch};
-use super::{Device, Error, kernels};
+use super::{Device, Error, View, kernels};
 
 /// Columns of a run.
 pub(super) const RUN: usize = 32;
+/// Columns that share a scale.
+const STEP_COLUMNS: usize = 128;
 /// Tokens of a tensor core's tile.
 pub(super) const TOKEN_TILE: usize = 8;
 /// Columns that a block of threads makes at a time.
@@ -21,8 +23,8 @@ pub struct Activations {
     max_tokens: usize,
     max_columns: usize,
     pub(super) halves: Buffer<u16>, // [token][columns]
-    pub(super) scales: Buffer<f32>, // [run][padded tokens]
-    pub(super) totals: Buffer<f32>, // [run][padded tokens][2]
+    pub(super) scales: Buffer<f32>, // [step][padded tokens]
+    pub(super) totals: Buffer<u32>, // [half a run][padded tokens]
     pub(super) first: Buffer<u16>,  // [token][columns], bf16
     pub(super) second: Buffer<u16>, // the same: what `first` lost
 }
@@ -34,13 +36,13 @@ impl Activations {
     /// Too little memory.
     pub fn new(device: &Device, max_tokens: usize, columns: usize) -> Result<Self, Error> {
         let padded = max_tokens.next_multiple_of(TOKEN_TILE);
-        let (n, n_runs) = (padded * columns, columns.div_ceil(RUN));
+        let n = padded * columns;
         Ok(Self {
             max_tokens,
             max_columns: columns,
             halves: device.buffer(n)?,
-            scales: device.buffer(n_runs * padded)?,
-            totals: device.buffer(2 * n_runs * padded)?,
+            scales: device.buffer(columns.div_ceil(STEP_COLUMNS) * padded)?,
+            totals: device.buffer(2 * columns.div_ceil(RUN) * padded)?,
             first: device.buffer(n)?,
             second: device.buffer(n)?,
         })
@@ -140,17 +142,24 @@ impl Making<'_> {
     }
 }
 
-/// Of rows in f32.
+/// Of rows in f32: those of `input` that `rows` names, or its first.
 ///
 /// # Errors
 /// The device failed.
 ///
 /// # Panics
-/// If shapes disagree.
-pub fn plain(input: &Buffer<f32>, to: Making<'_>) -> Result<(), Error> {
-    assert!(input.len() >= to.n_tokens * to.columns);
+/// If shapes disagree. Rows that are named must be among `input`'s; that is the caller's to know.
+pub fn plain(
+    input: &Buffer<f32>,
+    rows: Option<View<'_, u32>>,
+    to: Making<'_>,
+) -> Result<(), Error> {
+    match rows {
+        None => assert!(input.len() >= to.n_tokens * to.columns),
+        Some(rows) => assert_eq!(rows.len, to.n_tokens),
+    }
     assert_together(input, to.plain);
-    let arguments = Arguments::new().memory(input).structure(&to.made());
+    let arguments = Arguments::new().memory(input).view_or_null(rows).structure(&to.made());
     // SAFETY: rows as asserted here and in `made`; threads beyond the columns write nothing.
     unsafe { launch(input.device(), kernels::MAKE_PLAIN, to.grid(), arguments) }
 }

@@ -34,6 +34,7 @@ struct Inner {
     functions: HashMap<&'static str, sys::CUfunction>,
     /// Whether a kernel may begin before the last has ended (`depend` of device.cuh).
     overlaps: bool,
+    n_multiprocessors: usize,
     /// None where the library is not there.
     cublas: Option<Mutex<Cublas>>,
 }
@@ -68,8 +69,7 @@ impl Card {
         // SAFETY: a device that the driver just gave.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let overlaps = arch.major >= 9;
-        let opened = Self::with_context(name, device, context, &image, shape, overlaps);
+        let opened = Self::with_context(name, device, context, &image, shape, arch);
         if opened.is_err() {
             // SAFETY: retained above, once.
             let _ = unsafe { result::primary_ctx::release(device) };
@@ -83,7 +83,7 @@ impl Card {
         context: sys::CUcontext,
         image: &[u8],
         shape: Shape,
-        overlaps: bool,
+        arch: Arch,
     ) -> Result<Self, Error> {
         // SAFETY: a context that is retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
@@ -98,10 +98,31 @@ impl Card {
             // SAFETY: the module was just loaded.
             let function = unsafe { result::module::get_function(module, entry) }
                 .map_err(failed("cuModuleGetFunction"))?;
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of a loaded module.
+            unsafe {
+                result::function::set_function_attribute(
+                    function,
+                    attribute,
+                    Geometry::MOST_SHARED as i32,
+                )
+            }
+            .map_err(failed("cuFuncSetAttribute"))?;
             functions.insert(kernel.name, function);
         }
         let cublas = Cublas::open()?.map(Mutex::new);
-        let inner = Inner { name, device, context, stream, module, functions, overlaps, cublas };
+        let inner = Inner {
+            name,
+            device,
+            context,
+            stream,
+            module,
+            functions,
+            overlaps: arch.major >= 9,
+            n_multiprocessors: probe::n_multiprocessors(device)?,
+            cublas,
+        };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -205,6 +226,10 @@ impl Driver for Card {
         }
         .result()
         .map_err(failed(kernel.name))
+    }
+
+    fn n_multiprocessors(&self) -> usize {
+        self.0.n_multiprocessors
     }
 
     fn has_gemm(&self) -> bool {

@@ -47,6 +47,7 @@ pub(super) trait Driver: Send + Sync {
         geometry: Geometry,
         arguments: &mut Arguments,
     ) -> Result<(), Error>;
+    fn n_multiprocessors(&self) -> usize;
     /// Whether `gemm` is there.
     fn has_gemm(&self) -> bool;
     /// `out[token][row] = sum over k of x[token][k] * w[row][k]`, bf16 in, f32 out.

@@ -286,6 +286,10 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn n_multiprocessors(&self) -> usize {
+        3 // few, so that blocks take several tiles
+    }
+
     fn has_gemm(&self) -> bool {
         true
     }

@@ -25,9 +25,11 @@ impl Geometry {
         Self { grid: [x as u32, y as u32, z as u32], shared_bytes: 0 }
     }
 
+    /// What every card gives a block, if it is asked to.
+    pub(crate) const MOST_SHARED: usize = 99 << 10;
+
     pub(crate) fn shared_floats(self, n: usize) -> Self {
-        // What every card gives without being asked for more.
-        assert!(4 * n <= 48 << 10, "{n} shared floats");
+        assert!(4 * n <= Self::MOST_SHARED, "{n} shared floats");
         Self { shared_bytes: 4 * n as u32, ..self }
     }
 
@@ -75,6 +77,11 @@ impl Arguments {
     /// A pointer that may be null.
     pub(crate) fn memory_or_null<T: Number>(self, buffer: Option<&Buffer<T>>) -> Self {
         self.push(&buffer.map_or(0, Buffer::address).to_ne_bytes(), 8)
+    }
+
+    /// A pointer that may be null.
+    pub(crate) fn view_or_null<T: Number>(self, view: Option<View<'_, T>>) -> Self {
+        self.push(&view.map_or(0, |view| view.address()).to_ne_bytes(), 8)
     }
 
     pub(crate) fn number(self, number: usize) -> Self {

@@ -17,8 +17,13 @@ const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// it takes as they are, and with integers, which are first turned to bf16.
 const MOST_DENSE_TOKENS: usize = 32;
 const MOST_INTEGER_TOKENS: usize = 64;
-/// Runs that a warp of `to_bf16` takes at once.
-const UNIT: usize = 8;
+/// Runs that a warp takes at once of weights in integers.
+const STEP: usize = 4;
+/// Floats of a warp's ring, and of a stage at most: of eight bits (`stream.cu`, `quantised.cu`).
+const RING: usize = 4 * 512;
+const STAGE: usize = 4 * 136;
+/// Blocks that a multiprocessor has room for.
+const BLOCKS: usize = 2;
 /// Matrices that one launch takes.
 const MOST_MATRICES: usize = 3;
 
@@ -146,7 +151,7 @@ pub fn linear(
     let forms = Forms::read_by(weights, n_tokens, input.device());
     let made = Making { activations, forms, plain: input, columns, n_tokens };
     if forms != Forms::PLAIN {
-        activations::plain(input, made.without_plain())?;
+        activations::plain(input, None, made.without_plain())?;
     }
     multiply(made, scratch, projections)
 }
@@ -216,7 +221,7 @@ impl Words for Several {
 impl Several {
     fn of(projections: &[Projection<'_>]) -> Self {
         let mut several = Self { words: [0; MOST_MATRICES * 7 + 2], n: 0, n_tiles: 0 };
-        let (mut firsts, mut width) = ([u32::MAX; 4], 0);
+        let (mut firsts, mut width) = ([u32::MAX; MOST_MATRICES + 1], 0);
         for (i, projection) in projections.iter().enumerate() {
             let Matrix { rows, columns, weights, .. } = projection.weight;
             let dense;
@@ -233,6 +238,7 @@ impl Several {
             firsts[i] = several.n_tiles as u32;
             several.n_tiles += rows.div_ceil(TILE_ROWS);
         }
+        firsts[MOST_MATRICES] = several.n_tiles as u32;
         let outs = &mut several.words[MOST_MATRICES * width..];
         for (to, projection) in outs.iter_mut().zip(projections) {
             *to = projection.out.address();
@@ -253,17 +259,21 @@ fn tiles(made: Making<'_>, kernel: Kernel, projections: &[Projection<'_>]) -> Re
         .structure(&made.made())
         .memory(&parts.on_device)
         .number(made.n_tokens);
-    let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len());
+    let device = projections[0].out.device();
+    let n_blocks = BLOCKS * device.driver().n_multiprocessors();
+    let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_blocks);
     // SAFETY: planes of the weights' own shapes, rows of bf16 padded to whole tiles; activations of
     // their columns, made; outputs of the asserted sizes.
-    unsafe { launch(projections[0].out.device(), kernel, geometry, arguments) }
+    unsafe { launch(device, kernel, geometry, arguments) }
 }
 
-/// Blocks of a kernel on tensor cores.
-fn tile_grid(n_tiles: usize, n_tokens: usize, n_parts: usize) -> Geometry {
+/// Blocks of a kernel on tensor cores: as many for the tiles as there is room for side by side.
+fn tile_grid(n_tiles: usize, n_tokens: usize, n_parts: usize, n_blocks: usize) -> Geometry {
     let of_block = if n_tokens <= FEW_TOKENS { FEW_TOKENS } else { MANY_TOKENS };
-    let geometry = Geometry::new(n_tiles, n_tokens.div_ceil(of_block), n_parts);
-    geometry.shared_floats(WARPS * TOKEN_TILE * TILE_ROWS)
+    let n_groups = n_tokens.div_ceil(of_block);
+    let n_sharing = n_blocks.div_ceil((n_groups * n_parts).max(1));
+    let geometry = Geometry::new(n_tiles.min(n_sharing), n_groups, n_parts);
+    geometry.shared_floats(WARPS * (RING + TOKEN_TILE * TILE_ROWS))
 }
 
 fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result<(), Error> {
@@ -306,9 +316,10 @@ fn gemms(made: Making<'_>, scratch: &Scratch, projection: Projection<'_>) -> Res
                     .structure(quantised)
                     .memory(&scratch.bf16)
                     .number(first / TILE_ROWS);
-                let n_units = (columns / RUN).div_ceil(UNIT);
+                let n_steps = (columns / RUN).div_ceil(STEP);
                 let n_tiles = these.len().div_ceil(TILE_ROWS);
-                let geometry = Geometry::new(n_units.div_ceil(WARPS), n_tiles, 1);
+                let geometry = Geometry::new(n_steps.div_ceil(WARPS), n_tiles, 1);
+                let geometry = geometry.shared_floats(WARPS * STAGE);
                 // SAFETY: whole tiles of the weight, for which the scratch has room.
                 unsafe { launch(out.device(), kernel, geometry, arguments) }?;
                 gemm(made, scratch.bf16.address(), these, projection)?;
@@ -374,8 +385,13 @@ pub fn embed(
         }
     };
     let kernel = kernels::of_format(table.format).embed;
-    // SAFETY: a block a token; the kernel looks at no row that the table does not hold.
-    unsafe { launch(out.device(), kernel, Geometry::new(tokens.len, 1, 1), arguments) }
+    let n_shares = match &table.weights {
+        Weights::Quantised(_) => (table.columns / RUN).div_ceil(STEP).div_ceil(WARPS),
+        Weights::Halves(_) | Weights::Floats(_) => 1,
+    };
+    let geometry = Geometry::new(tokens.len, n_shares, 1).shared_floats(WARPS * STAGE);
+    // SAFETY: blocks of a token; the kernel looks at no row that the table does not hold.
+    unsafe { launch(out.device(), kernel, geometry, arguments) }
 }
 
 fn dense_table(
@@ -396,14 +412,14 @@ mod tests {
     fn blocks_cover_tiles_tokens_and_parts() {
         for (n_tiles, n_tokens, n_parts, grid) in [
             (256, 1, 1, [256, 1, 1]),
-            (257, 8, 2, [257, 1, 2]),
+            (257, 8, 2, [132, 1, 2]),
             (1, 9, 1, [1, 1, 1]),
-            (1, 33, 3, [1, 2, 3]),
+            (100, 33, 3, [44, 2, 3]),
             (0, 5, 1, [0, 1, 1]),
         ] {
-            let geometry = tile_grid(n_tiles, n_tokens, n_parts);
+            let geometry = tile_grid(n_tiles, n_tokens, n_parts, 264);
             assert_eq!(geometry.grid, grid, "{n_tiles} {n_tokens} {n_parts}");
-            assert_eq!(geometry.shared_bytes, 4 * 8 * 8 * 16);
+            assert_eq!(geometry.shared_bytes, 8 * (512 * 16 + 8 * 16 * 4));
         }
     }
 }

@@ -82,14 +82,18 @@ fn card(ordinal: usize) -> Result<Card, Error> {
     let failed = |error| Error::driver("asking a card", error);
     let device = result::device::get(ordinal as i32).map_err(failed)?;
     let name = result::device::get_name(device).map_err(failed)?;
-    use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     // SAFETY: a device that the driver just gave.
-    let (memory, n) = unsafe {
-        let n = result::device::get_attribute(device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-        (result::device::total_mem(device).map_err(failed)?, n.map_err(failed)?)
-    };
-    let arch = arch(device)?;
-    Ok(Card { name, arch, memory_bytes: memory as u64, n_multiprocessors: n as usize })
+    let memory = unsafe { result::device::total_mem(device) }.map_err(failed)?;
+    let (arch, n_multiprocessors) = (arch(device)?, n_multiprocessors(device)?);
+    Ok(Card { name, arch, memory_bytes: memory as u64, n_multiprocessors })
+}
+
+pub(super) fn n_multiprocessors(device: sys::CUdevice) -> Result<usize, Error> {
+    use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    // SAFETY: the caller's device is the driver's.
+    let n =
+        unsafe { result::device::get_attribute(device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) };
+    Ok(n.map_err(|error| Error::driver("asking a card", error))? as usize)
 }
 
 pub(super) fn arch(device: sys::CUdevice) -> Result<Arch, Error> {

@@ -2,7 +2,7 @@
 
 use super::launch::{Arguments, Geometry, Kernel};
 use super::memory::{Buffer, Number};
-use super::{Device, Error, View, kernels};
+use super::{Device, Error, kernels};
 use crate::peaks::{STRETCH, n_peaks};
 
 /// `out` = the sum of `parts`, `[n_parts, n]`, in order; zeros if there are none.
@@ -23,26 +23,6 @@ pub fn add_parts(
     let geometry = Geometry::new(n.div_ceil(kernels::ROW_THREADS), 1, 1);
     // SAFETY: the kernel stops at n, within the lengths asserted.
     unsafe { launch(out.device(), kernels::ADD_PARTS, geometry, arguments) }
-}
-
-/// `out[i] = input[rows[i]]`, rows of `columns`.
-///
-/// # Errors
-/// The device failed.
-///
-/// # Panics
-/// If `out` is too small. The rows named must be among `input`'s; that is the caller's to know.
-pub fn take_rows(
-    input: &Buffer<f32>,
-    rows: View<'_, u32>,
-    out: &Buffer<f32>,
-    columns: usize,
-) -> Result<(), Error> {
-    assert!(out.len() >= rows.len * columns);
-    let arguments = Arguments::new().memory(input).view(rows).memory(out).number(columns);
-    let geometry = Geometry::new(rows.len, 1, 1);
-    // SAFETY: writes are within what was asserted; reads are the caller's, as documented.
-    unsafe { launch(out.device(), kernels::TAKE_ROWS, geometry, arguments) }
 }
 
 /// Of each row of logits `[n_rows, columns]` the largest and the bits of its index, of equals the

@@ -50,6 +50,8 @@ pub(super) struct Rank {
     pub(super) prepared: Vec<Prepared>,
     /// By op: the linear op behind it that alone reads what it makes.
     pub(super) feeds: Vec<Option<usize>>,
+    /// Whether attention may be merged to what products take.
+    pub(super) merges_to_halves: bool,
     pub(super) scratch: Scratch,
     pub(super) angles: Angles,
     plan: Plan,
@@ -177,6 +179,7 @@ impl Rank {
             caches,
             prepared,
             feeds: feeds(program),
+            merges_to_halves: shape.kv_format == KvFormat::F16,
             scratch,
             angles,
             plan: Plan::default(),

@@ -151,11 +151,17 @@ impl Step<'_> {
             Op::Head { input, weight } => {
                 let (columns, weight) = (weights.columns(*input), weights.matrix(*weight));
                 let samples = scratch.words.view(self.layout.samples, n_samples);
-                rows::take_rows(buffer(input), samples, &scratch.sampled, columns)?;
+                let to = Making {
+                    activations: &scratch.activations,
+                    forms: Forms::read_by([weight], n_samples, &self.rank.device),
+                    plain: &scratch.sampled,
+                    columns,
+                    n_tokens: n_samples,
+                };
+                activations::plain(buffer(input), Some(samples), to)?;
                 let projection =
                     Projection { weight, parts: self.parts(index), out: &scratch.logits };
-                let (from, made) = (&scratch.sampled, &scratch.activations);
-                linear::linear(from, columns, n_samples, made, &scratch.linear, &[projection])
+                linear::multiply(to, &scratch.linear, &[projection])
             }
             Op::AllReduce { .. } => unreachable!("met by the caller"),
         }
@@ -223,8 +229,9 @@ impl Step<'_> {
     ) -> Result<(), DeviceError> {
         let (words, cache) = (&self.rank.scratch.words, &self.rank.caches[layer]);
         let Sizes { n_tokens, n_items, n_tiles, .. } = self.sizes;
-        // Where tiles write rows of f32, so does all else, and the rest is made of these.
-        let first = if n_tiles > 0 { Making { forms: Forms::PLAIN, ..to } } else { to };
+        // Tiles write rows of f32, and then so does all else, and the rest is made of these.
+        let goes_on = n_tiles == 0 && self.rank.merges_to_halves;
+        let first = if goes_on { to } else { Making { forms: Forms::PLAIN, ..to } };
         if n_items > 0 {
             let items = words.view(self.layout.items, WORDS * n_items);
             let first_items = words.view(self.layout.first_items, n_tokens + 1);
@@ -236,8 +243,8 @@ impl Step<'_> {
             let tiles = words.view(self.layout.tiles, WORDS * n_tiles);
             attention::attend_tiles(queries, self.rows(), tiles, cache, to.plain)?;
         }
-        if n_tiles > 0 && to.forms != Forms::PLAIN {
-            activations::plain(to.plain, to.without_plain())?;
+        if !goes_on && to.forms != Forms::PLAIN {
+            activations::plain(to.plain, None, to.without_plain())?;
         }
         Ok(())
     }
