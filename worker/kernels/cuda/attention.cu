@@ -5,12 +5,11 @@
 #if KV_FORMAT == 0
 #define ATTEND_THREADS 128
 #define SPLIT 64
-#define GROUP 16
 #else
 #define ATTEND_THREADS 256
 #define SPLIT 256
-#define GROUP 8
 #endif
+#define GROUP 8
 #define ATTEND_WARPS (ATTEND_THREADS / 32)
 #define CHUNKS (HEAD_DIM / 32)
 #define MINUS_INFINITY float_of(0xff800000u)
@@ -19,12 +18,161 @@
 
 // What one block does: some splits of one row's sequence.
 struct Item {
-    u32 row, first_split, n_splits, reserved;
+    u32 row;
+    u32 splits; // the first, and from bit 16 on how many; 0 pads the bucket
+    u32 position, first_block; // of the row, in its sequence and of that in the tables
 };
 
 #if KV_FORMAT == 0
 
-// Attention of sixteen query vectors by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), as a warp holds it.
+// Attention of up to eight query vectors, the other way round: scores are [position][vector] and sums [column][vector], so
+// that no tensor core multiplies rows that are not there. Of lane 4g + t: vectors 2t and 2t + 1.
+struct AttendingFew {
+    u32 queries[HEAD_DIM / 16][2]; // f16, of vector g; of 32 columns lane t has 8t to 8t + 7
+    float sums[HEAD_DIM / 16][4];  // columns g and g + 8 of sixteen
+    float top[2], total[2];
+};
+
+// `from`: where vector g begins, null for zeros.
+DEVICE void start_few(AttendingFew& at, const float* from, float scale, u32 t) {
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; c++) {
+        float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (from) v = ((const float4*)(from + c / 2 * 32))[t * 2 + c % 2];
+        at.queries[c][0] = pair(float_to_half_saturated(v.x * scale), float_to_half_saturated(v.y * scale));
+        at.queries[c][1] = pair(float_to_half_saturated(v.z * scale), float_to_half_saturated(v.w * scale));
+        for (int i = 0; i < 4; i++) at.sums[c][i] = 0.0f;
+    }
+    for (int i = 0; i < 2; i++) at.top[i] = MINUS_INFINITY, at.total[i] = 0.0f;
+}
+
+// One KV block, which begins at `first_position`, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022). Vectors
+// see positions up to `last`, at least the first. Rows of scores g and g + 8 are positions 4(g/2) + g%2 and two on: so a
+// lane's weights are of neighbours among the values.
+DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_position, u32 last, u32 lane) {
+    const u32 g = lane / 4, t = lane % 4, at_g = g / 2 * 4 + g % 2;
+    const uint4* keys = (const uint4*)keys_of(cache, page);
+    const uint2* values = (const uint2*)values_of(cache, page);
+    uint4 key[2][CHUNKS];
+    uint2 value[HEAD_DIM / 8];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        for (int c = 0; c < CHUNKS; c++) key[n][c] = keys[(at_g + 2 * n) * (HEAD_DIM / 8) + c * 4 + t];
+    }
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) value[n] = values[(n * 8 + g) * (BLOCK_LEN / 4) + t];
+    float scores[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // positions at_g and two on
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const uint4 k = key[0][c], k_2 = key[1][c];
+        mma_f16(scores, k.x, k_2.x, k.y, k_2.y, at.queries[2 * c][0], at.queries[2 * c][1]);
+        mma_f16(scores, k.z, k_2.z, k.w, k_2.w, at.queries[2 * c + 1][0], at.queries[2 * c + 1][1]);
+    }
+    float higher[2], worth[2];
+    for (int i = 0; i < 4; i++) {
+        if (first_position + at_g + i / 2 * 2 > last) scores[i] = MINUS_INFINITY; // unknown, and may be no number
+    }
+    for (int i = 0; i < 2; i++) {
+        higher[i] = fmaxf(at.top[i], fmaxf(scores[i], scores[2 + i]));
+        for (int mask = 4; mask < 32; mask *= 2) higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], mask));
+        worth[i] = exponential(at.top[i] - higher[i]); // finite: the first position is known
+        at.top[i] = higher[i];
+    }
+    for (int i = 0; i < 4; i++) scores[i] = exponential(scores[i] - higher[i % 2]);
+    for (int i = 0; i < 2; i++) at.total[i] = fmaf(at.total[i], worth[i], scores[i] + scores[2 + i]);
+    const u32 weights[2] = {transpose(pair(float_to_half(scores[0]), float_to_half(scores[1]))),
+                            transpose(pair(float_to_half(scores[2]), float_to_half(scores[3])))};
+    const u32 n_there = last + 1 - first_position;
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) {
+        if (n_there < BLOCK_LEN) { // unknown values are taken as zeros
+            if (4 * t >= n_there) value[n].x = 0;
+            if (4 * t + 1 >= n_there) value[n].x &= 0xffffu;
+            if (4 * t + 2 >= n_there) value[n].y = 0;
+            if (4 * t + 3 >= n_there) value[n].y &= 0xffffu;
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; c++) {
+        for (int i = 0; i < 4; i++) at.sums[c][i] *= worth[i % 2];
+        mma_f16(at.sums[c], value[2 * c].x, value[2 * c + 1].x, value[2 * c].y, value[2 * c + 1].y, weights[0], weights[1]);
+    }
+}
+
+// Of each item and query head of the KV head: the largest score, the sum of e^(score - largest), and the values' sum with
+// those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
+// the last end. `tables`: KV blocks of each sequence. `parts`: [item][head][PART].
+//
+// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1].
+KERNEL(ATTEND_THREADS)
+attend(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
+       u32 n_kv_heads, float scale) {
+    depend();
+    float* tops = (float*)shared_memory();
+    float* place = tops + ATTEND_WARPS * GROUP;
+    const Item item = items[blockIdx.x];
+    const u32 first_split = item.splits & 0xffffu, n_splits = item.splits >> 16, position = item.position;
+    if (n_splits == 0) return; // it pads the bucket
+    const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32* table = tables + item.first_block;
+    for (u32 first_head = heads[kv_head]; first_head < heads[kv_head + 1]; first_head += GROUP) {
+        const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
+        // This warp's blocks are every ATTEND_WARPS-th; the next one's page is known before this one is read.
+        const u32 end = min((first_split + n_splits) * (SPLIT / BLOCK_LEN), position / BLOCK_LEN + 1);
+        u32 block = first_split * (SPLIT / BLOCK_LEN) + warp, page = block < end ? table[block] : 0;
+        const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
+        AttendingFew at;
+        start_few(at, g < n_queries ? of_row + g * HEAD_DIM : (const float*)0, scale, t);
+        for (; block < end; block += ATTEND_WARPS) {
+            const u32 this_page = page;
+            if (block + ATTEND_WARPS < end) page = table[block + ATTEND_WARPS];
+            attend_block_few(at, cache, this_page * n_kv_heads + kv_head, block * BLOCK_LEN, position, lane);
+        }
+        for (int i = 0; i < 2; i++) {
+            for (int mask = 4; mask < 32; mask *= 2) at.total[i] += shuffle_xor(at.total[i], mask);
+        }
+        block_sync(); // the last heads' parts are written
+        if (g == 0) tops[warp * GROUP + 2 * t] = at.top[0], tops[warp * GROUP + 2 * t + 1] = at.top[1];
+        block_sync();
+        float top[2], worth[2];
+        for (int i = 0; i < 2; i++) {
+            top[i] = MINUS_INFINITY;
+            for (u32 w = 0; w < ATTEND_WARPS; w++) top[i] = fmaxf(top[i], tops[w * GROUP + 2 * t + i]);
+            worth[i] = exponential(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
+        }
+        for (u32 w = 0; w < ATTEND_WARPS; w++) { // in order
+            if (w == warp) {
+#pragma unroll
+                for (int c = 0; c < HEAD_DIM / 16; c++) {
+                    for (int i = 0; i < 4; i++) {
+                        float* to = place + (2 * t + i % 2) * (HEAD_DIM + 1) + c * 16 + i / 2 * 8 + g;
+                        const float sum = at.sums[c][i] * worth[i % 2];
+                        *to = w == 0 ? sum : *to + sum;
+                    }
+                }
+                for (int i = 0; i < 2; i++) {
+                    float* to = place + (2 * t + i) * (HEAD_DIM + 1) + HEAD_DIM;
+                    const float total = at.total[i] * worth[i];
+                    if (g == 0) *to = w == 0 ? total : *to + total;
+                }
+            }
+            block_sync();
+        }
+        float* part = parts + ((u64)blockIdx.x * n_heads + first_head) * PART;
+        for (u32 i = threadIdx.x; i < n_queries * HEAD_DIM; i += ATTEND_THREADS) {
+            part[i / HEAD_DIM * PART + i % HEAD_DIM] = place[i / HEAD_DIM * (HEAD_DIM + 1) + i % HEAD_DIM];
+        }
+        if (warp == 0 && g == 0) {
+            for (int i = 0; i < 2; i++) {
+                if (2 * t + i >= n_queries) continue;
+                part[(2 * t + i) * PART + HEAD_DIM] = top[i];
+                part[(2 * t + i) * PART + HEAD_DIM + 1] = place[(2 * t + i) * (HEAD_DIM + 1) + HEAD_DIM];
+            }
+        }
+    }
+}
+
+// Attention of sixteen query vectors, as a warp holds it.
 // Vectors g and g + 8 of lane 4g + t; columns 8n + 2t and the one after it.
 struct Attending {
     u32 queries[HEAD_DIM / 16][4]; // f16; of 32 columns lane t has 8t to 8t + 7
@@ -127,80 +275,6 @@ DEVICE void finish(Attending& at) {
     }
 }
 
-// Of each item and query head of the KV head: the largest score, the sum of e^(score - largest), and the values' sum with
-// those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
-// the last end. `tables`: KV blocks of each sequence, `first_blocks`: where a row's run of them begins. `parts`:
-// [item][head][PART].
-//
-// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1].
-KERNEL(ATTEND_THREADS)
-attend(const float* q, u8* cache, const Item* items, const u32* positions, const u32* first_blocks, const u32* tables,
-       const u32* heads, float* parts, u32 n_heads, u32 n_kv_heads, float scale) {
-    depend();
-    float* tops = (float*)shared_memory();
-    float* place = tops + ATTEND_WARPS * GROUP;
-    const Item item = items[blockIdx.x];
-    if (item.n_splits == 0) return; // it pads the bucket
-    const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u32 position = positions[item.row], last[2] = {position, position};
-    const u32* table = tables + first_blocks[item.row];
-    for (u32 first_head = heads[kv_head]; first_head < heads[kv_head + 1]; first_head += GROUP) {
-        const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
-        const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
-        const float* from[2];
-        for (int i = 0; i < 2; i++) from[i] = g + 8 * i < n_queries ? of_row + (g + 8 * i) * HEAD_DIM : (const float*)0;
-        Attending at;
-        start(at, from, scale, t);
-        for (u32 i = 0; i < item.n_splits; i++) {
-            const u32 block = (item.first_split + i) * (SPLIT / BLOCK_LEN) + warp, first_position = block * BLOCK_LEN;
-            if (first_position > position) break;
-            const u32 n_there = min(BLOCK_LEN, position + 1 - first_position);
-            attend_block(at, cache, table[block] * n_kv_heads + kv_head, first_position, n_there, last, lane);
-        }
-        finish(at);
-        block_sync(); // the last heads' parts are written
-        for (int i = 0; i < 2; i++) {
-            if (t == 0) tops[warp * GROUP + g + 8 * i] = at.top[i];
-        }
-        block_sync();
-        float top[2], worth[2];
-        for (int i = 0; i < 2; i++) {
-            top[i] = MINUS_INFINITY;
-            for (u32 w = 0; w < ATTEND_WARPS; w++) top[i] = fmaxf(top[i], tops[w * GROUP + g + 8 * i]);
-            worth[i] = exponential(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
-        }
-        for (u32 w = 0; w < ATTEND_WARPS; w++) { // in order
-            if (w == warp) {
-#pragma unroll
-                for (int n = 0; n < HEAD_DIM / 8; n++) {
-                    for (int i = 0; i < 4; i++) {
-                        float* to = place + (g + i / 2 * 8) * (HEAD_DIM + 1) + n * 8 + 2 * t + i % 2;
-                        const float sum = at.sums[n][i] * worth[i / 2];
-                        *to = w == 0 ? sum : *to + sum;
-                    }
-                }
-                for (int i = 0; i < 2; i++) {
-                    float* to = place + (g + 8 * i) * (HEAD_DIM + 1) + HEAD_DIM;
-                    const float total = at.total[i] * worth[i];
-                    if (t == 0) *to = w == 0 ? total : *to + total;
-                }
-            }
-            block_sync();
-        }
-        float* part = parts + ((u64)blockIdx.x * n_heads + first_head) * PART;
-        for (u32 i = threadIdx.x; i < n_queries * HEAD_DIM; i += ATTEND_THREADS) {
-            part[i / HEAD_DIM * PART + i % HEAD_DIM] = place[i / HEAD_DIM * (HEAD_DIM + 1) + i % HEAD_DIM];
-        }
-        if (warp == 0 && t == 0) {
-            for (int i = 0; i < 2; i++) {
-                if (g + 8 * i >= n_queries) continue;
-                part[(g + 8 * i) * PART + HEAD_DIM] = top[i];
-                part[(g + 8 * i) * PART + HEAD_DIM + 1] = place[(g + 8 * i) * (HEAD_DIM + 1) + HEAD_DIM];
-            }
-        }
-    }
-}
-
 #define TILE_THREADS 128
 // Query vectors of a block: sixteen a warp.
 #define TILE_VECTORS 64
@@ -236,9 +310,11 @@ attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions,
     const u32 context = positions[tile.first_row + last_vector / group] + 1;
     Attending at;
     start(at, from, scale, t);
+    u32 page = table[0];
     for (u32 block = 0; block * BLOCK_LEN < context; block++) {
-        const u32 n_there = min(BLOCK_LEN, context - block * BLOCK_LEN);
-        attend_block(at, cache, table[block] * n_kv_heads + kv_head, block * BLOCK_LEN, n_there, last, lane);
+        const u32 this_page = page, n_there = min(BLOCK_LEN, context - block * BLOCK_LEN);
+        if ((block + 1) * BLOCK_LEN < context) page = table[block + 1];
+        attend_block(at, cache, this_page * n_kv_heads + kv_head, block * BLOCK_LEN, n_there, last, lane);
     }
     finish(at);
 #pragma unroll
@@ -273,8 +349,8 @@ DEVICE float4 four_of(const Kept* at) {
 // Shared: queries [GROUP][HEAD_DIM], scores [GROUP][SPLIT], a place for sums [ATTEND_WARPS][HEAD_DIM], of GROUP the
 // largest, the sum and what the last largest is worth.
 KERNEL(ATTEND_THREADS)
-attend_plain(const float* q, u8* cache, const Item* items, const u32* positions, const u32* first_blocks,
-             const u32* tables, const u32* heads, float* parts, u32 n_heads, u32 n_kv_heads, float scale) {
+attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
+             u32 n_kv_heads, float scale) {
     depend();
     float* queries = (float*)shared_memory();
     float* scores = queries + GROUP * HEAD_DIM;
@@ -282,10 +358,11 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* positions,
     float* largest = place + ATTEND_WARPS * HEAD_DIM;
     float *sums = largest + GROUP, *worth = sums + GROUP;
     const Item item = items[blockIdx.x];
-    if (item.n_splits == 0) return; // it pads the bucket
+    const u32 first_split = item.splits & 0xffffu, n_splits = item.splits >> 16;
+    if (n_splits == 0) return; // it pads the bucket
     const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 context = positions[item.row] + 1;
-    const u32* table = tables + first_blocks[item.row];
+    const u32 context = item.position + 1;
+    const u32* table = tables + item.first_block;
     for (u32 first_head = heads[kv_head]; first_head < heads[kv_head + 1]; first_head += GROUP) {
         const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
         const float* from = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
@@ -301,7 +378,7 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* positions,
         for (int j = 0; j < GROUP; j++) {
             for (int c = 0; c < CHUNKS; c++) values[j][c] = 0.0f;
         }
-        for (u32 split = item.first_split; split < item.first_split + item.n_splits; split++) {
+        for (u32 split = first_split; split < first_split + n_splits; split++) {
             block_sync();
             // Scores. Eight lanes a position, each with four columns of every 32.
             for (u32 i = 0; i < 32; i += 4) {

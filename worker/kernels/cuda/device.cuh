@@ -50,6 +50,14 @@ DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// Of an [8, 8] matrix of 16 bits, of which lane 4g + t holds columns 2t and 2t + 1 of row g, the transposed. (PTX ISA,
+// "movmatrix".)
+DEVICE u32 transpose(u32 two) {
+    u32 transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(two));
+    return transposed;
+}
+
 DEVICE float half_to_float(u16 bits) {
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));

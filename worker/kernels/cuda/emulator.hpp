@@ -270,6 +270,13 @@ DEVICE float float_of(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return emulator::exchange(&x, 1)[emulator::lane() ^ mask][0]; }
 DEVICE float shuffle_xor(float x, int mask) { return float_of(shuffle_xor(bits_of(x), mask)); }
 
+DEVICE u32 transpose(u32 two) {
+    u32(*all)[6] = emulator::exchange(&two, 1);
+    const u32 g = emulator::lane() / 4, t = emulator::lane() % 4, shift = g % 2 * 16;
+    const u32 low = all[2 * t * 4 + g / 2][0] >> shift, high = all[(2 * t + 1) * 4 + g / 2][0] >> shift;
+    return (low & 0xffff) | high << 16;
+}
+
 DEVICE float half_to_float(u16 bits) {
     const u32 sign = (u32)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
     if (exponent == 31) return float_of(sign | 0x7f800000 | fraction << 13);

@@ -4,6 +4,7 @@
 #define ROW_THREADS 256
 #define STRETCH 1024
 #define STRETCH_LANES 16
+#define CANDIDATES 2048
 
 // out = the parts' sum, in order; zeros where there is none. `parts`: [n_parts][n].
 KERNEL(ROW_THREADS)
@@ -16,66 +17,57 @@ add_parts(const float* parts, float* out, u32 n, u32 n_parts) {
     out[i] = sum;
 }
 
-// The largest logit of a row, and of equals the first: `out[2 row]` is the logit, `out[2 row + 1]` holds its index as
-// bits. If one is not finite, the first such. A block a row; at least one column.
-KERNEL(ROW_THREADS)
-likeliest(const float* logits, float* out, u32 columns) {
-    depend();
-    const float* row = logits + (u64)blockIdx.x * columns;
-    // What is not finite stands above everything: keys order first by that, then by the logit, then by the lower index.
-    bool is_odd = false;
-    float best = 0.0f;
-    u32 at = 0xffffffffu;
-    for (u32 i = threadIdx.x; i < columns; i += ROW_THREADS) {
-        const float x = row[i];
-        const bool odd = !(fabsf(x) <= 3.402823466e38f);
-        if (at == 0xffffffffu || (odd && !is_odd) || (!odd && !is_odd && x > best)) {
-            best = x;
-            at = i;
-            is_odd = odd;
-        }
-    }
-    u32* places = (u32*)shared_memory(); // of each warp: whether it is odd, the logit's bits, the index
+// A candidate for the likeliest: what is not finite stands above everything, then the largest, and of equals the first.
+struct Candidate {
+    float value;
+    u32 at; // 0xffffffff: none
+};
+
+DEVICE bool is_odd(float x) { return !(fabsf(x) <= 3.402823466e38f); }
+
+DEVICE Candidate better(Candidate a, Candidate b) {
+    if (a.at == 0xffffffffu || b.at == 0xffffffffu) return a.at == 0xffffffffu ? b : a;
+    const bool odd_a = is_odd(a.value), odd_b = is_odd(b.value);
+    if (odd_a != odd_b) return odd_a ? a : b;
+    if (!odd_a && a.value != b.value) return a.value > b.value ? a : b;
+    return a.at < b.at ? a : b;
+}
+
+DEVICE Candidate best_of_warp(Candidate best) {
     for (int mask = 16; mask > 0; mask /= 2) {
-        const u32 other_odd = shuffle_xor((u32)is_odd, mask);
-        const float other = shuffle_xor(best, mask);
-        const u32 other_at = shuffle_xor(at, mask);
-        if (other_at == 0xffffffffu) continue;
-        bool takes = at == 0xffffffffu || (other_odd && !is_odd);
-        if (!takes && (bool)other_odd == is_odd) {
-            takes = is_odd ? other_at < at : other > best || (other == best && other_at < at);
-        }
-        if (takes) {
-            best = other;
-            at = other_at;
-            is_odd = other_odd;
-        }
+        const Candidate other = {shuffle_xor(best.value, mask), shuffle_xor(best.at, mask)};
+        best = better(best, other);
     }
-    const u32 warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 == 0) {
-        places[3 * warp] = is_odd;
-        places[3 * warp + 1] = bits_of(best);
-        places[3 * warp + 2] = at;
-    }
+    return best;
+}
+
+// Of each stretch of CANDIDATES logits of a row the best. `out`: [row][stretch]. Grid: stretches, rows.
+KERNEL(ROW_THREADS)
+candidates(const float* logits, Candidate* out, u32 columns) {
+    depend();
+    const float* row = logits + (u64)blockIdx.y * columns;
+    const u32 end = min((blockIdx.x + 1) * CANDIDATES, columns);
+    Candidate best = {0.0f, 0xffffffffu};
+    for (u32 i = blockIdx.x * CANDIDATES + threadIdx.x; i < end; i += ROW_THREADS) best = better(best, {row[i], i});
+    best = best_of_warp(best);
+    Candidate* place = (Candidate*)shared_memory(); // one for each warp
+    if (threadIdx.x % 32 == 0) place[threadIdx.x / 32] = best;
     block_sync();
     if (threadIdx.x != 0) return;
-    for (u32 w = 1; w < ROW_THREADS / 32; w++) {
-        const bool other_odd = places[3 * w];
-        const float other = float_of(places[3 * w + 1]);
-        const u32 other_at = places[3 * w + 2];
-        if (other_at == 0xffffffffu) continue;
-        bool takes = at == 0xffffffffu || (other_odd && !is_odd);
-        if (!takes && other_odd == is_odd) {
-            takes = is_odd ? other_at < at : other > best || (other == best && other_at < at);
-        }
-        if (takes) {
-            best = other;
-            at = other_at;
-            is_odd = other_odd;
-        }
-    }
-    out[2 * blockIdx.x] = best;
-    out[2 * blockIdx.x + 1] = float_of(at);
+    for (u32 w = 1; w < ROW_THREADS / 32; w++) best = better(best, place[w]);
+    out[(u64)blockIdx.y * gridDim.x + blockIdx.x] = best;
+}
+
+// The best of a row's candidates: `out[2 row]` is the logit, `out[2 row + 1]` holds its index as bits. A warp a row.
+KERNEL(32)
+likeliest(const Candidate* candidates, float* out, u32 n) {
+    depend();
+    Candidate best = {0.0f, 0xffffffffu};
+    for (u32 i = threadIdx.x; i < n; i += 32) best = better(best, candidates[(u64)blockIdx.x * n + i]);
+    best = best_of_warp(best);
+    if (threadIdx.x != 0) return;
+    out[2 * blockIdx.x] = best.value;
+    out[2 * blockIdx.x + 1] = float_of(best.at);
 }
 
 // The peaks of `peaks.rs`: of each stretch of 1024 logits the maxima of its sixteen lanes; NaN where a lane holds what is

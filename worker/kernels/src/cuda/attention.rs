@@ -24,11 +24,10 @@ pub const NO_SLOT: u32 = u32::MAX;
 /// Words of an [`Item`] and of a [`Tile`].
 pub const WORDS: usize = 4;
 
-/// Query heads that one block of `attend` takes together, and its warps.
-const GROUP: usize = 16;
+/// Query heads that one block of `attend` and `attend_plain` takes together.
+const GROUP: usize = 8;
+/// Warps of a block, of each.
 const ATTEND_WARPS: usize = 4;
-/// The same of `attend_plain`.
-const PLAIN_GROUP: usize = 8;
 const PLAIN_WARPS: usize = 8;
 const MERGE_WARPS: usize = 4;
 
@@ -36,16 +35,20 @@ const MERGE_WARPS: usize = 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Item {
     pub row: u32,
+    /// Both below 2^16. No splits: nothing is to be done, and nothing is written.
     pub first_split: u32,
-    /// 0: nothing is to be done, and nothing is written.
     pub n_splits: u32,
+    /// Of the row in its sequence.
+    pub position: u32,
+    /// Where the sequence's KV blocks begin in the tables.
+    pub first_block: u32,
 }
 
 impl Item {
     /// As it lies in device memory.
     #[must_use]
     pub fn words(self) -> [u32; WORDS] {
-        [self.row, self.first_split, self.n_splits, 0]
+        [self.row, self.first_split | self.n_splits << 16, self.position, self.first_block]
     }
 }
 
@@ -257,8 +260,6 @@ pub fn attend(
         .memory(queries.q)
         .memory(&cache.pages)
         .view(items)
-        .view(rows.positions)
-        .view(rows.first_blocks)
         .view(rows.tables)
         .memory(starts)
         .memory(&parts.numbers)
@@ -269,7 +270,7 @@ pub fn attend(
         Format::F16 => (kernels::ATTEND, GROUP * (ATTEND_WARPS + head_dim + 1)),
         Format::F32 | Format::Int8 => {
             let split = split_len(cache.shape.kv_format);
-            let of_queries = PLAIN_GROUP * (head_dim + split + 3);
+            let of_queries = GROUP * (head_dim + split + 3);
             (kernels::ATTEND_PLAIN, of_queries + PLAIN_WARPS * head_dim)
         }
     };

@@ -22,7 +22,8 @@ pub(super) const MAKE_PLAIN: Kernel = kernel("make_plain", MAKE_THREADS as u32);
 pub(super) const RMS_NORM: Kernel = kernel("rms_norm", NORM_THREADS as u32);
 pub(super) const SILU_GATE: Kernel = kernel("silu_gate", MAKE_THREADS as u32);
 pub(super) const ADD_PARTS: Kernel = kernel("add_parts", ROW_THREADS as u32);
-pub(super) const LIKELIEST: Kernel = kernel("likeliest", ROW_THREADS as u32);
+pub(super) const CANDIDATES: Kernel = kernel("candidates", ROW_THREADS as u32);
+pub(super) const LIKELIEST: Kernel = kernel("likeliest", 32);
 pub(super) const PEAKS: Kernel = kernel("peaks", 32);
 pub(super) const ROPE_KV: Kernel = kernel("rope_kv", ROPE_THREADS);
 /// Of a cache in f16.
@@ -90,7 +91,7 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
 /// All that are compiled for a shape.
 pub(super) fn all(shape: Shape) -> Vec<Kernel> {
     let mut all =
-        vec![MAKE_PLAIN, RMS_NORM, SILU_GATE, ADD_PARTS, LIKELIEST, PEAKS, ROPE_KV, MERGE_ATTENDED];
+        vec![MAKE_PLAIN, RMS_NORM, SILU_GATE, ADD_PARTS, CANDIDATES, LIKELIEST, PEAKS, ROPE_KV, MERGE_ATTENDED];
     match shape.kv_format {
         attention::Format::F16 => all.extend([ATTEND, ATTEND_TILES]),
         attention::Format::F32 | attention::Format::Int8 => all.push(ATTEND_PLAIN),

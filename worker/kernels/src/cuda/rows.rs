@@ -25,8 +25,18 @@ pub fn add_parts(
     unsafe { launch(out.device(), kernels::ADD_PARTS, geometry, arguments) }
 }
 
+/// Logits of a row that one block looks at.
+const CANDIDATES: usize = 2048;
+
+/// Numbers that [`likeliest`] keeps of a row on its way.
+#[must_use]
+pub const fn candidates_len(columns: usize) -> usize {
+    2 * columns.div_ceil(CANDIDATES)
+}
+
 /// Of each row of logits `[n_rows, columns]` the largest and the bits of its index, of equals the
-/// lowest; if one is not finite, the first such. `out`: `[n_rows, 2]`.
+/// lowest; if one is not finite, the first such. `candidates`: `[n_rows, candidates_len]`; `out`:
+/// `[n_rows, 2]`.
 ///
 /// # Errors
 /// The device failed.
@@ -36,14 +46,21 @@ pub fn add_parts(
 pub fn likeliest(
     logits: &Buffer<f32>,
     columns: usize,
+    candidates: &Buffer<f32>,
     out: &Buffer<f32>,
     n_rows: usize,
 ) -> Result<(), Error> {
     assert!(columns > 0 && logits.len() >= n_rows * columns && out.len() >= 2 * n_rows);
-    let arguments = Arguments::new().memory(logits).memory(out).number(columns);
-    let geometry = Geometry::new(n_rows, 1, 1).shared_floats(3 * kernels::ROW_THREADS / 32);
-    // SAFETY: a block a row, within the lengths asserted; three words of shared memory a warp.
-    unsafe { launch(out.device(), kernels::LIKELIEST, geometry, arguments) }
+    assert!(candidates.len() >= n_rows * candidates_len(columns));
+    let arguments = Arguments::new().memory(logits).memory(candidates).number(columns);
+    let n = columns.div_ceil(CANDIDATES);
+    let geometry = Geometry::new(n, n_rows, 1).shared_floats(2 * kernels::ROW_THREADS / 32);
+    // SAFETY: a block a stretch of a row, within the lengths asserted; two words of shared memory a
+    // warp.
+    unsafe { launch(out.device(), kernels::CANDIDATES, geometry, arguments) }?;
+    let arguments = Arguments::new().memory(candidates).memory(out).number(n);
+    // SAFETY: a warp a row, within the lengths asserted.
+    unsafe { launch(out.device(), kernels::LIKELIEST, Geometry::new(n_rows, 1, 1), arguments) }
 }
 
 /// The peaks (`crate::peaks`) of each row of logits. `out`: `[n_rows, n_peaks(columns)]`.

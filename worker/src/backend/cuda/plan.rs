@@ -74,8 +74,8 @@ pub(super) struct Plan {
     tiles: Vec<Tile>,
     /// By row, and one more: where its items begin.
     first_items: Vec<u32>,
-    /// Splits of each row that has items.
-    splits: Vec<(u32, u32)>,
+    /// Of each row that has items: the row, its splits, and where its tables begin.
+    splits: Vec<(u32, u32, u32)>,
 }
 
 /// The bucket of a number: exact up to 8, then in steps that waste at most a third.
@@ -155,17 +155,17 @@ impl Plan {
                     first_vector: first_vector as u32,
                 }));
             } else {
-                splits.extend(
-                    rows.map(|row| {
-                        (row, (batch.positions[row as usize] + 1).div_ceil(bounds.split))
-                    }),
-                );
+                splits.extend(rows.map(|row| {
+                    let n = (batch.positions[row as usize] + 1).div_ceil(bounds.split);
+                    assert!(n < 1 << 16, "splits are counted by 16 bits");
+                    (row, n, span.first_block)
+                }));
             }
         }
         assert!(splits.len() <= bounds.max_items, "an item for each row at least");
         // As many items as there is room for, for they run side by side.
         let mut of_item = 1;
-        while splits.iter().map(|(_, n)| n.div_ceil(of_item) as usize).sum::<usize>()
+        while splits.iter().map(|(_, n, _)| n.div_ceil(of_item) as usize).sum::<usize>()
             > bounds.max_items
         {
             of_item += 1;
@@ -173,11 +173,14 @@ impl Plan {
         let mut splits = splits.iter().peekable();
         for row in 0..batch.tokens.len() as u32 {
             first_items.push(items.len() as u32);
-            let Some(&(_, n)) = splits.next_if(|&&(of, _)| of == row) else { continue };
+            let next = splits.next_if(|&&(of, ..)| of == row);
+            let Some(&(_, n, first_block)) = next else { continue };
             items.extend((0..n).step_by(of_item as usize).map(|first_split| Item {
                 row,
                 first_split,
                 n_splits: of_item.min(n - first_split),
+                position: batch.positions[row as usize],
+                first_block,
             }));
         }
         first_items.push(items.len() as u32);

@@ -77,6 +77,7 @@ pub(super) struct Scratch {
     pub(super) attended: Option<attention::Parts>,
     pub(super) sampled: Buffer<f32>, // [S, hidden]
     pub(super) logits: Buffer<f32>,  // [S, own vocabulary rows]
+    candidates: Buffer<f32>,         // [S, candidates_len]
     best: Buffer<f32>,               // [S, 2]
     peaks: Buffer<f32>,              // [S, n_peaks]
 }
@@ -166,6 +167,7 @@ impl Rank {
             linear: linear::Scratch::new(&device, widest)?,
             sampled: device.buffer(max_samples * widest)?,
             logits: device.buffer(max_samples * vocab)?,
+            candidates: device.buffer(max_samples * rows::candidates_len(vocab))?,
             best: device.buffer(2 * max_samples)?,
             peaks: device.buffer(max_samples * n_peaks(vocab))?,
         };
@@ -398,8 +400,8 @@ impl Backend for Rank {
             return;
         }
         out.resize(2 * n_rows, f32::NAN);
-        let Scratch { logits, best, .. } = &self.scratch;
-        let made = rows::likeliest(logits, columns, best, n_rows);
+        let Scratch { logits, candidates, best, .. } = &self.scratch;
+        let made = rows::likeliest(logits, columns, candidates, best, n_rows);
         if made.and_then(|()| best.download(0, out)).is_err() {
             out.iter_mut().skip(1).step_by(2).for_each(|index| *index = 0.0);
         }
