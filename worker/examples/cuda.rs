@@ -253,9 +253,11 @@ fn measure(place: Place, model: &str, sizes: &Sizes, ceilings: &Ceilings) -> Res
             100.0 * rate / ceilings.flops_per_second
         );
     }
-    for batch in
-        [batch([(sizes.context - 1, 1)].into_iter()), batch([(0, sizes.prompts[0])].into_iter())]
-    {
+    for batch in [
+        batch([(sizes.context - 1, 1)].into_iter()),
+        batch((0..most).map(|_| (sizes.context - 1, 1))),
+        batch([(0, longest)].into_iter()),
+    ] {
         print_ops(backend.time_ops(&batch)?, batch.tokens.len());
     }
     Ok(())

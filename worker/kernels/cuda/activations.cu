@@ -12,7 +12,7 @@
 
 // Where they go. Null is what nobody reads.
 struct Made {
-    // [token][run][t of 0 to 3] four words, the pairs of columns (4t, 4t + 2), (4t + 1, 4t + 3) and the same of 16 + 4t..:
+    // [token][run, padded to whole steps][t of 0 to 3] four words, the pairs of columns (4t, 4t + 2), (4t + 1, 4t + 3) and the same of 16 + 4t..:
     // `quantised.cu` takes weights apart in this order.
     uint2* halves;
     float* scales; // [step][padded tokens], 2^24 times the scale: `quantised.cu` takes integers u for u * 2^-24
@@ -29,7 +29,8 @@ DEVICE u32 padded(u32 n_tokens) { return (n_tokens + 7) / 8 * 8; }
 // The exponent of the power of two that is above |x|, as floats have it; of a step with such a largest.
 DEVICE u32 exponent_of(float x) { return bits_of(x) >> 23 & 255u; }
 
-// Four columns of a step, the `lane`-th four; a warp holds the step. `exponent`: of the step's largest. `is_finite`: all of it.
+// Four columns of a step, the `lane`-th four; four neighbouring lanes are here. `exponent`: of the step's largest.
+// `is_finite`: all of it.
 DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v, u32 exponent, bool is_finite, bool is_there) {
     // A step below 2^-102 is taken as zeros; what holds a number that is none has a scale that is none.
     const bool is_zero = !is_finite || exponent < 25;
@@ -42,10 +43,9 @@ DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v,
         total += half_to_float(half[i]);
     }
     for (int mask = 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+    const u32 n_steps = (to.columns + 127) / 128, run = step * 4 + lane / 8, four = lane % 8, n_padded = padded(to.n_tokens);
     if (!is_there) return;
-    const u32 n_runs = to.columns / RUN, run = step * 4 + lane / 8, four = lane % 8;
-    to.halves[(((u64)token * n_runs + run) * 4 + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
-    const u32 n_padded = padded(to.n_tokens);
+    to.halves[((((u64)token * n_steps * 4) + run) * 4 + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
     if (lane % 4 == 0) {
         total *= 0.0625f;
         const u16 high = float_to_half(total);
@@ -82,7 +82,8 @@ DEVICE void make(const Made& to, u32 token, u32 step, u32 lane, float4 v, bool i
     }
     largest = warp_max(largest);
     poison = warp_sum(poison);
-    make_halves(to, token, step, lane, v, exponent_of(largest), poison == 0.0f, is_there);
+    // What is beyond the columns of the last step is zeros.
+    make_halves(to, token, step, lane, v, exponent_of(largest), poison == 0.0f, step < (to.columns + 127) / 128);
 }
 
 // Of rows of `in`, [..][columns]: those that `rows` names, or each, where it is null. Grid: 512 columns, tokens.

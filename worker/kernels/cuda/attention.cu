@@ -25,6 +25,9 @@ struct Item {
 
 #if KV_FORMAT == 0
 
+// Scores here are of base 2: queries come with a scale that log2(e) is part of.
+#define LOG2_E 1.44269504f
+
 // Attention of up to eight query vectors, the other way round: scores are [position][vector] and sums [column][vector], so
 // that no tensor core multiplies rows that are not there. Of lane 4g + t: vectors 2t and 2t + 1.
 struct AttendingFew {
@@ -75,11 +78,17 @@ DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_po
     for (int i = 0; i < 2; i++) {
         higher[i] = fmaxf(at.top[i], fmaxf(scores[i], scores[2 + i]));
         for (int mask = 4; mask < 32; mask *= 2) higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], mask));
-        worth[i] = exponential(at.top[i] - higher[i]); // finite: the first position is known
+        worth[i] = power_of_two(at.top[i] - higher[i]); // finite: the first position is known
         at.top[i] = higher[i];
     }
-    for (int i = 0; i < 4; i++) scores[i] = exponential(scores[i] - higher[i % 2]);
+    for (int i = 0; i < 4; i++) scores[i] = power_of_two(scores[i] - higher[i % 2]);
     for (int i = 0; i < 2; i++) at.total[i] = fmaf(at.total[i], worth[i], scores[i] + scores[2 + i]);
+    if (any_of_warp(worth[0] != 1.0f || worth[1] != 1.0f)) { // seldom, after the first blocks
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 16; c++) {
+            for (int i = 0; i < 4; i++) at.sums[c][i] *= worth[i % 2];
+        }
+    }
     const u32 weights[2] = {transpose(pair(float_to_half(scores[0]), float_to_half(scores[1]))),
                             transpose(pair(float_to_half(scores[2]), float_to_half(scores[3])))};
     const u32 n_there = last + 1 - first_position;
@@ -94,7 +103,6 @@ DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_po
     }
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 16; c++) {
-        for (int i = 0; i < 4; i++) at.sums[c][i] *= worth[i % 2];
         mma_f16(at.sums[c], value[2 * c].x, value[2 * c + 1].x, value[2 * c].y, value[2 * c + 1].y, weights[0], weights[1]);
     }
 }
@@ -122,7 +130,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
         u32 block = first_split * (SPLIT / BLOCK_LEN) + warp, page = block < end ? table[block] : 0;
         const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
         AttendingFew at;
-        start_few(at, g < n_queries ? of_row + g * HEAD_DIM : (const float*)0, scale, t);
+        start_few(at, g < n_queries ? of_row + g * HEAD_DIM : (const float*)0, scale * LOG2_E, t);
         for (; block < end; block += ATTEND_WARPS) {
             const u32 this_page = page;
             if (block + ATTEND_WARPS < end) page = table[block + ATTEND_WARPS];
@@ -138,7 +146,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
         for (int i = 0; i < 2; i++) {
             top[i] = MINUS_INFINITY;
             for (u32 w = 0; w < ATTEND_WARPS; w++) top[i] = fmaxf(top[i], tops[w * GROUP + 2 * t + i]);
-            worth[i] = exponential(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
+            worth[i] = power_of_two(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
         }
         for (u32 w = 0; w < ATTEND_WARPS; w++) { // in order
             if (w == warp) {
@@ -241,16 +249,22 @@ DEVICE void attend_block(Attending& at, u8* cache, u32 page, u32 first_position,
     for (int i = 0; i < 2; i++) {
         higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], 1));
         higher[i] = fmaxf(higher[i], shuffle_xor(higher[i], 2)); // finite: a position was seen
-        worth[i] = exponential(at.top[i] - higher[i]);
+        worth[i] = power_of_two(at.top[i] - higher[i]);
         at.top[i] = higher[i];
         at.total[i] *= worth[i];
     }
     u32 weights[4];
     for (int n = 0; n < 2; n++) {
         for (int i = 0; i < 2; i++) {
-            const float w0 = exponential(scores[n][2 * i] - higher[i]), w1 = exponential(scores[n][2 * i + 1] - higher[i]);
+            const float w0 = power_of_two(scores[n][2 * i] - higher[i]), w1 = power_of_two(scores[n][2 * i + 1] - higher[i]);
             at.total[i] += w0 + w1;
             weights[2 * n + i] = pair(float_to_half(w0), float_to_half(w1));
+        }
+    }
+    if (any_of_warp(worth[0] != 1.0f || worth[1] != 1.0f)) {
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++) {
+            for (int i = 0; i < 4; i++) at.sums[n][i] *= worth[i / 2];
         }
     }
 #pragma unroll
@@ -262,7 +276,6 @@ DEVICE void attend_block(Attending& at, u8* cache, u32 page, u32 first_position,
             if (4 * t + 2 >= n_there) high = 0;
             if (4 * t + 3 >= n_there) high &= 0xffffu;
         }
-        for (int i = 0; i < 4; i++) at.sums[n][i] *= worth[i / 2];
         mma_f16(at.sums[n], weights[0], weights[1], weights[2], weights[3], low, high);
     }
 }
@@ -309,7 +322,7 @@ attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions,
     const u32 last_vector = min(first + 15, n_vectors - 1);
     const u32 context = positions[tile.first_row + last_vector / group] + 1;
     Attending at;
-    start(at, from, scale, t);
+    start(at, from, scale * LOG2_E, t);
     u32 page = table[0];
     for (u32 block = 0; block * BLOCK_LEN < context; block++) {
         const u32 this_page = page, n_there = min(BLOCK_LEN, context - block * BLOCK_LEN);
@@ -348,7 +361,7 @@ DEVICE float4 four_of(const Kept* at) {
 //
 // Shared: queries [GROUP][HEAD_DIM], scores [GROUP][SPLIT], a place for sums [ATTEND_WARPS][HEAD_DIM], of GROUP the
 // largest, the sum and what the last largest is worth.
-KERNEL(ATTEND_THREADS)
+KERNEL_AT_LEAST(ATTEND_THREADS, 1)
 attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
              u32 n_kv_heads, float scale) {
     depend();
@@ -508,7 +521,7 @@ merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads)
     for (int c = 0; c < CHUNKS; c++) sums[c] = 0.0f;
     for (u32 item = first + warp; item < end; item += MERGE_WARPS) {
         const float* part = parts + ((u64)item * n_heads + head) * PART;
-        const float weight = exponential(part[HEAD_DIM] - top);
+        const float weight = KV_FORMAT == 0 ? power_of_two(part[HEAD_DIM] - top) : exponential(part[HEAD_DIM] - top);
         total = fmaf(part[HEAD_DIM + 1], weight, total);
         for (int c = 0; c < CHUNKS; c++) sums[c] = fmaf(part[c * 32 + lane], weight, sums[c]);
     }
@@ -531,5 +544,8 @@ merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads)
     const u32 four = head * (HEAD_DIM / 4) + threadIdx.x;
     if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
     // A mean of values of f16: one scale does for all, 2.
-    if (to.halves) make_halves(to, row, four / 32, four % 32, v, 142, v.x + v.y + v.z + v.w == v.x + v.y + v.z + v.w, is_there);
+    if (to.halves) {
+        const float sum = v.x + v.y + v.z + v.w;
+        make_halves(to, row, four / 32, four % 32, v, 142, sum == sum, is_there);
+    }
 }

@@ -31,20 +31,11 @@ DEVICE float read_kept(Kept x) {
 }
 
 #define ROPE_THREADS 128
+#define ROPE_HEADS (ROPE_THREADS / 32)
 // A slot that is none: rows that pad a step to its bucket write nothing.
 #define NO_SLOT 0xffffffffu
 
-// Rotates the first `n_pairs` pairs of columns of one head, by the angles of the position.
-DEVICE void rotate(float* x, const float* angles, u32 n_pairs, u32 is_adjacent) {
-    for (u32 i = threadIdx.x; i < n_pairs; i += ROPE_THREADS) {
-        const u32 a = is_adjacent ? 2 * i : i, b = is_adjacent ? 2 * i + 1 : i + n_pairs;
-        const float cosine = angles[i], sine = angles[n_pairs + i], x_a = x[a], x_b = x[b];
-        x[a] = x_a * cosine - x_b * sine;
-        x[b] = x_a * sine + x_b * cosine;
-    }
-}
-
-// One number to the cache. `scale` of int8: 127 / the largest magnitude.
+// One number to the cache. `inverse` of int8: 127 / the largest magnitude.
 DEVICE Kept kept(float x, float inverse) {
 #if KV_FORMAT == 0
     return float_to_half_saturated(x);
@@ -55,53 +46,58 @@ DEVICE Kept kept(float x, float inverse) {
 #endif
 }
 
-#if KV_FORMAT == 2
-// The largest magnitude of a head's columns. `place` is shared: a float for each warp.
-DEVICE float largest_of(const float* x, float* place) {
-    float largest = 0.0f;
-    for (u32 i = threadIdx.x; i < HEAD_DIM; i += ROPE_THREADS) largest = fmaxf(largest, fabsf(x[i]));
+// What int8 of a head are multiplied with to be kept: of a head of zeros, or one so small that the inverse is not finite, 0.
+// Writes the scale that brings them back.
+DEVICE float keep_scale(float largest, float* scale, u32 lane) {
     largest = warp_max(largest);
-    block_sync();
-    if (threadIdx.x % 32 == 0) place[threadIdx.x / 32] = largest;
-    block_sync();
-    for (u32 i = 0; i < ROPE_THREADS / 32; i++) largest = fmaxf(largest, place[i]);
-    return largest;
+    const float inverse = 127.0f / largest <= 3.402823466e38f ? 127.0f / largest : 0.0f;
+    if (lane == 0) *scale = inverse == 0.0f ? 0.0f : largest / 127.0f;
+    return inverse;
 }
-#endif
 
-// Rotates queries and keys in place, and writes keys and values to their slots. A block a token and head: the query heads
-// first, then the KV heads. `angles`: [position][cosines, sines].
+// Rotates the first `n_pairs` pairs of columns of each head: queries in place, keys on their way to their slots, where values
+// go too. A warp a token and head, the query heads first, then the KV heads. `angles`: [position][cosines, sines]. Shared: a
+// head's columns for each warp.
 KERNEL(ROPE_THREADS)
-rope_kv(float* q, float* k, const float* v, const u32* positions, const u32* slots, const float* angles, u8* cache,
+rope_kv(float* q, const float* k, const float* v, const u32* positions, const u32* slots, const float* angles, u8* cache,
         u32 n_heads, u32 n_kv_heads, u32 n_pairs, u32 is_adjacent) {
     depend();
-    const u32 token = blockIdx.x, head = blockIdx.y;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x, head = blockIdx.y * ROPE_HEADS + warp;
+    if (head >= n_heads + n_kv_heads) return;
+    const bool is_query = head < n_heads;
+    const u32 kv_head = head - n_heads, slot = is_query ? NO_SLOT : slots[token];
+    if (!is_query && slot == NO_SLOT) return;
+    const u64 from = ((u64)token * (is_query ? n_heads : n_kv_heads) + (is_query ? head : kv_head)) * HEAD_DIM;
+    const float* in = (is_query ? q : k) + from;
     const float* turn = angles + (u64)positions[token] * 2 * n_pairs;
-    if (head < n_heads) {
-        rotate(q + ((u64)token * n_heads + head) * HEAD_DIM, turn, n_pairs, is_adjacent);
+    float* x = (float*)shared_memory() + warp * HEAD_DIM;
+    for (u32 i = lane; i < HEAD_DIM; i += 32) x[i] = in[i];
+    warp_sync();
+    for (u32 i = lane; i < n_pairs; i += 32) {
+        const u32 a = is_adjacent ? 2 * i : i, b = is_adjacent ? 2 * i + 1 : i + n_pairs;
+        const float cosine = turn[i], sine = turn[n_pairs + i], x_a = x[a], x_b = x[b];
+        x[a] = x_a * cosine - x_b * sine;
+        x[b] = x_a * sine + x_b * cosine;
+    }
+    warp_sync();
+    if (is_query) {
+        for (u32 i = lane; i < HEAD_DIM; i += 32) q[from + i] = x[i];
         return;
     }
-    const u32 kv_head = head - n_heads, slot = slots[token];
-    const u64 from = ((u64)token * n_kv_heads + kv_head) * HEAD_DIM;
-    rotate(k + from, turn, n_pairs, is_adjacent);
-    if (slot == NO_SLOT) return;
-    block_sync();
     const u32 page = slot / BLOCK_LEN * n_kv_heads + kv_head, at = slot % BLOCK_LEN;
     float k_inverse = 0.0f, v_inverse = 0.0f;
 #if KV_FORMAT == 2
-    float* place = (float*)shared_memory();
-    const float k_largest = largest_of(k + from, place), v_largest = largest_of(v + from, place);
-    // A row of zeros, or one so small that its inverse is not finite, is kept as zeros.
-    k_inverse = 127.0f / k_largest <= 3.402823466e38f ? 127.0f / k_largest : 0.0f;
-    v_inverse = 127.0f / v_largest <= 3.402823466e38f ? 127.0f / v_largest : 0.0f;
-    if (threadIdx.x == 0) {
-        scales_of(cache, page)[at] = k_inverse == 0.0f ? 0.0f : k_largest / 127.0f;
-        scales_of(cache, page)[BLOCK_LEN + at] = v_inverse == 0.0f ? 0.0f : v_largest / 127.0f;
+    float k_largest = 0.0f, v_largest = 0.0f;
+    for (u32 i = lane; i < HEAD_DIM; i += 32) {
+        k_largest = fmaxf(k_largest, fabsf(x[i]));
+        v_largest = fmaxf(v_largest, fabsf(v[from + i]));
     }
+    k_inverse = keep_scale(k_largest, scales_of(cache, page) + at, lane);
+    v_inverse = keep_scale(v_largest, scales_of(cache, page) + BLOCK_LEN + at, lane);
 #endif
     Kept *keys = keys_of(cache, page), *values = values_of(cache, page);
-    for (u32 i = threadIdx.x; i < HEAD_DIM; i += ROPE_THREADS) {
-        keys[at * HEAD_DIM + i] = kept(k[from + i], k_inverse);
+    for (u32 i = lane; i < HEAD_DIM; i += 32) {
+        keys[at * HEAD_DIM + i] = kept(x[i], k_inverse);
         values[i * BLOCK_LEN + at] = kept(v[from + i], v_inverse);
     }
 }

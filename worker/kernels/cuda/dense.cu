@@ -15,44 +15,72 @@ struct OfBf16Rows {
     typedef Dense Matrix;
     static constexpr u32 RUNS = 2, LEN = 4 * 32;
 
-    static DEVICE_MEMBER void fetch_step(const Dense& m, uint4* stage, u32 tile, u32 step, u32 lane) {
-        const uint4* from = m.w + ((u64)(tile * TILE_ROWS + lane / 4) * m.n_runs + step * RUNS) * 4 + lane % 4;
-        const bool has_two = step * RUNS + 1 < m.n_runs;
+    struct Cursor {
+        const uint4* rows[2];
+        u32 runs_left; // of the row
+
+        DEVICE_MEMBER void begin(const Dense& m, u32 tile, u32 step, u32 lane) {
+            for (int row = 0; row < 2; row++) {
+                rows[row] = m.w + ((u64)(tile * TILE_ROWS + lane / 4 + 8 * row) * m.n_runs + step * RUNS) * 4 + lane % 4;
+            }
+            runs_left = m.n_runs - step * RUNS;
+        }
+
+        DEVICE_MEMBER void fetch(uint4* stage, u32 lane) {
 #pragma unroll
-        for (int row = 0; row < 2; row++) {
-            copy_begin(stage + row * 32 + lane, from + (u64)row * 8 * m.n_runs * 4);
-            if (has_two) copy_begin(stage + (2 + row) * 32 + lane, from + (u64)row * 8 * m.n_runs * 4 + 4);
+            for (int row = 0; row < 2; row++) {
+                copy_begin(stage + row * 32 + lane, rows[row]);
+                if (runs_left > 1) copy_begin(stage + (2 + row) * 32 + lane, rows[row] + 4);
+                rows[row] += WARPS * RUNS * 4;
+            }
+            runs_left -= WARPS * RUNS;
+        }
+    };
+
+    static DEVICE_MEMBER bool is_plain(const Dense& m, u32 begin, u32 end) { return begin % RUNS == 0 && end % RUNS == 0; }
+
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply_run(float sums[TOKEN_TILES][4], const uint4* stage, int i, const Dense& m, const Made& x,
+                                           u32 run, u32 first_token, u32 n_tokens, u32 lane) {
+        const uint4 a = stage[2 * i * 32 + lane], below = stage[(2 * i + 1) * 32 + lane];
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) {
+            if (n > 0 && first_token + 8 * n >= n_tokens) break;
+            const u32 token = min(first_token + 8 * n + lane / 4, n_tokens - 1); // what is beyond is not looked at
+            const u64 at = (u64)(token * m.n_runs + run) * 4 + lane % 4;
+            const uint4 b = ((const uint4*)x.first)[at], rest = ((const uint4*)x.second)[at];
+            mma_bf16(sums[n], a.x, below.x, a.y, below.y, b.x, b.y);
+            mma_bf16(sums[n], a.x, below.x, a.y, below.y, rest.x, rest.y);
+            mma_bf16(sums[n], a.z, below.z, a.w, below.w, b.z, b.w);
+            mma_bf16(sums[n], a.z, below.z, a.w, below.w, rest.z, rest.w);
         }
     }
 
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Dense& m, const Made& x, u32 step,
-                                       u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
-        const u32 g = lane / 4, t = lane % 4;
+                                       u32 first_token, u32 n_tokens, u32 lane) {
+#pragma unroll
+        for (int i = 0; i < (int)RUNS; i++) {
+            multiply_run<TOKEN_TILES>(sums, stage, i, m, x, step * RUNS + i, first_token, n_tokens, lane);
+        }
+    }
+
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply_any(float sums[TOKEN_TILES][4], const uint4* stage, const Dense& m, const Made& x, u32 step,
+                                           u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
 #pragma unroll
         for (int i = 0; i < (int)RUNS; i++) {
             const u32 run = step * RUNS + i;
             if (run < begin || run >= end) continue;
-            const uint4 a = stage[2 * i * 32 + lane], below = stage[(2 * i + 1) * 32 + lane];
-#pragma unroll
-            for (int n = 0; n < TOKEN_TILES; n++) {
-                if (n > 0 && first_token + 8 * n >= n_tokens) break;
-                const u32 token = min(first_token + 8 * n + g, n_tokens - 1); // what is beyond is not looked at
-                const u64 at = ((u64)token * m.n_runs + run) * 4 + t;
-                const uint4 b = ((const uint4*)x.first)[at], rest = ((const uint4*)x.second)[at];
-                mma_bf16(sums[n], a.x, below.x, a.y, below.y, b.x, b.y);
-                mma_bf16(sums[n], a.x, below.x, a.y, below.y, rest.x, rest.y);
-                mma_bf16(sums[n], a.z, below.z, a.w, below.w, b.z, b.w);
-                mma_bf16(sums[n], a.z, below.z, a.w, below.w, rest.z, rest.w);
-            }
+            multiply_run<TOKEN_TILES>(sums, stage, i, m, x, run, first_token, n_tokens, lane);
         }
     }
 };
 
-KERNEL(LINEAR_THREADS)
+KERNEL_AT_LEAST(LINEAR_THREADS, 3)
 linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, 1>(all, x, parts, n_tokens); }
 
-KERNEL(LINEAR_THREADS)
+KERNEL_AT_LEAST(LINEAR_THREADS, MANY_BLOCKS)
 linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, 4>(all, x, parts, n_tokens); }
 
 struct OfF32 {

@@ -10,6 +10,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Of so many threads a block, at least so many blocks to a multiprocessor.
+#define KERNEL_AT_LEAST(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 
@@ -43,12 +45,25 @@ DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Four bytes of x, by the digits of `which`, the lowest first; 4 is a zero.
+DEVICE u32 pick_bytes(u32 x, u32 which) { return __byte_perm(x, 0, which); }
+
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 
 // The value of the lane whose number differs in the bits of `mask`. All 32 lanes of a warp take part.
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// Whether it is so in any lane of the warp; all 32 take part.
+DEVICE bool any_of_warp(bool is_so) { return __any_sync(0xffffffffu, is_so); }
+
+// 2^x to about 22 bits; 0 of minus infinity.
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // Of an [8, 8] matrix of 16 bits, of which lane 4g + t holds columns 2t and 2t + 1 of row g, the transposed. (PTX ISA,
 // "movmatrix".)

@@ -35,6 +35,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct Dim3 { u32 x, y, z; };
 
 #define KERNEL(threads) extern "C" void
+#define KERNEL_AT_LEAST(threads, blocks) extern "C" void
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
 
@@ -264,11 +265,30 @@ DEVICE void depend() {}
 
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
 
+DEVICE u32 pick_bytes(u32 x, u32 which) {
+    u32 picked = 0;
+    for (int i = 0; i < 4; i++) {
+        const u32 digit = which >> 4 * i & 15;
+        picked |= (digit < 4 ? x >> 8 * digit & 255 : 0) << 8 * i;
+    }
+    return picked;
+}
+
 DEVICE u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
 DEVICE float float_of(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 
 DEVICE u32 shuffle_xor(u32 x, int mask) { return emulator::exchange(&x, 1)[emulator::lane() ^ mask][0]; }
 DEVICE float shuffle_xor(float x, int mask) { return float_of(shuffle_xor(bits_of(x), mask)); }
+
+DEVICE bool any_of_warp(bool is_so) {
+    const u32 word = is_so;
+    u32(*all)[6] = emulator::exchange(&word, 1);
+    bool any = false;
+    for (u32 i = 0; i < 32; i++) any |= all[i][0] != 0;
+    return any;
+}
+
+DEVICE float power_of_two(float x) { return exp2f(x); }
 
 DEVICE u32 transpose(u32 two) {
     u32(*all)[6] = emulator::exchange(&two, 1);

@@ -16,7 +16,7 @@
 #define HALVES 3 // scale = d * sc of columns 0 to 15, d * mc of the rest: signed bytes, f16 d
 
 // A matrix: pointers to its planes, and its shape. Lane 4g + t of a warp multiplies rows g and g + 8; words of the two
-// stand side by side. Planes by tile, then:
+// stand side by side. Runs are padded to whole steps, by zeros. Planes by tile, then:
 //   quants  of 8 bits [run][lane] four words; else [pair of runs][lane] two words of either run
 //   tops    the bits above the fourth: of 5 bits [pair][g] two words of either run, a bit a column; of 6 bits
 //           [pair][g][t / 2] two words of either run; else null
@@ -41,47 +41,54 @@ struct Stage {
     static constexpr u32 SUPERS = SCALES == SUPER ? 4 : SCALES == HALVES ? 2 : 0; // of one super-block
     static constexpr u32 TOPS_AT = QUANTS, SCALES_AT = TOPS_AT + TOPS, SUPERS_AT = SCALES_AT + SCALES_;
     static constexpr u32 LEN = SUPERS_AT + 2 * SUPERS; // a step may begin in one super-block and end in the next
+    // All but the quants: what lane `at` of them takes, if they are counted through.
+    static constexpr u32 REST = LEN - QUANTS;
 };
 
-// Begins to fetch a step of a tile; what lies beyond the matrix is left alone.
+// Where a lane's share of a tile's next step lies. Steps of one warp are WARPS apart: an even number, so that all begin in
+// the same half of a super-block.
 template <int BITS, int SCALES>
-DEVICE void fetch(const Quantised& w, uint4* stage, u32 tile, u32 step, u32 lane) {
+struct Cursor {
     typedef Stage<BITS, SCALES> At;
-    const u32 n_pairs = (w.n_runs + 1) / 2, n_fours = (w.n_runs + 3) / 4, pair = step * (STEP / 2);
-    if (BITS == 8) {
-        const uint4* from = (const uint4*)w.quants + ((u64)tile * w.n_runs + step * STEP) * 32 + lane;
+    static constexpr int N_REST = (At::REST + 31) / 32;
+    const uint4* quants;
+    const uint4* rest[N_REST];
+    u32 strides[N_REST]; // 0: nothing
+
+    DEVICE_MEMBER void begin(const Quantised& w, u32 tile, u32 step, u32 lane) {
+        const u32 n_steps = (w.n_runs + STEP - 1) / STEP, first = w.first_run + step * STEP, super = first / 8;
+        quants = (const uint4*)w.quants + ((u64)tile * n_steps + step) * At::QUANTS + lane;
 #pragma unroll
-        for (int i = 0; i < STEP; i++) {
-            if (step * STEP + i < w.n_runs) copy_begin(stage + i * 32 + lane, from + i * 32);
+        for (int i = 0; i < N_REST; i++) {
+            const u32 at = i * 32 + lane, of_scales = at - At::TOPS, of_supers = of_scales - At::SCALES_;
+            rest[i] = quants;
+            strides[i] = 0;
+            if (At::TOPS > 0 && at < At::TOPS) {
+                rest[i] = (const uint4*)w.tops + ((u64)tile * n_steps + step) * At::TOPS + at;
+                strides[i] = WARPS * At::TOPS;
+            } else if (of_scales < At::SCALES_) {
+                rest[i] = (const uint4*)w.scales + ((u64)tile * n_steps + step) * At::SCALES_ + of_scales;
+                strides[i] = WARPS * At::SCALES_;
+            } else if (At::SUPERS > 0 && of_supers < (first % 8 > 8 - STEP ? 2 : 1) * At::SUPERS) {
+                // The second of two is not read if it is not there: the planes end with a spare one.
+                rest[i] = (const uint4*)w.supers + ((u64)tile * w.n_supers + super) * At::SUPERS + of_supers;
+                strides[i] = WARPS * STEP / 8 * At::SUPERS;
+            }
         }
-    } else {
-        const uint4* from = (const uint4*)w.quants + ((u64)tile * n_pairs + pair) * 32 + lane;
+    }
+
+    // Begins to fetch a step, and goes on to the next.
+    DEVICE_MEMBER void fetch(uint4* stage, u32 lane) {
 #pragma unroll
-        for (int i = 0; i < STEP / 2; i++) {
-            if (pair + i < n_pairs) copy_begin(stage + i * 32 + lane, from + i * 32);
+        for (u32 i = 0; i < At::QUANTS; i += 32) copy_begin(stage + i + lane, quants + i);
+        quants += WARPS * At::QUANTS;
+#pragma unroll
+        for (int i = 0; i < N_REST; i++) {
+            if (strides[i]) copy_begin(stage + At::QUANTS + i * 32 + lane, rest[i]);
+            rest[i] += strides[i];
         }
     }
-    if (BITS == 5 || BITS == 6) {
-        const u32 n = At::TOPS / (STEP / 2), at = pair * n + lane; // of a pair; 16 or 32 lanes for both
-        const uint4* from = (const uint4*)w.tops + (u64)tile * n_pairs * n + at;
-        if (lane < At::TOPS && at < n_pairs * n) copy_begin(stage + At::TOPS_AT + lane, from);
-    }
-    if (SCALES == MIN) {
-        const u32 at = pair * 8 + lane;
-        const uint4* from = (const uint4*)w.scales + (u64)tile * n_pairs * 8 + at;
-        if (lane < At::SCALES_ && at < n_pairs * 8) copy_begin(stage + At::SCALES_AT + lane, from);
-        return;
-    }
-    if (lane < 8) {
-        const uint4* from = (const uint4*)w.scales + ((u64)tile * n_fours + step) * 8 + lane;
-        copy_begin(stage + At::SCALES_AT + lane, from);
-    } else if (At::SUPERS > 0 && lane < 8 + 2 * At::SUPERS) {
-        const u32 super = (w.first_run + step * STEP) / 8, at = super * At::SUPERS + lane - 8;
-        const bool is_read = lane < 8 + At::SUPERS || (w.first_run + step * STEP) % 8 > 8 - STEP;
-        const uint4* from = (const uint4*)w.supers + (u64)tile * w.n_supers * At::SUPERS + at;
-        if (is_read && at < w.n_supers * At::SUPERS) copy_begin(stage + At::SUPERS_AT + lane - 8, from);
-    }
-}
+};
 
 DEVICE u32 word_of(const uint4& words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
 
@@ -140,9 +147,8 @@ struct Factors {
     float first[2], second[2];
 };
 
-template <int BITS, int SCALES>
-DEVICE Factors factors_of(const uint4* stage, int i, u32 g) {
-    const u32 word = scales_word<BITS, SCALES>(stage, i, false, g);
+template <int SCALES>
+DEVICE Factors factors_of(u32 word) {
     Factors f;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
@@ -164,44 +170,47 @@ DEVICE uint2 super_of(const uint4* stage, u32 first, int i, u32 g) {
 }
 
 // What multiplies the sums of activations over half a run, as f16 twice in a word: by format a scale, a min, the integer of
-// a min or of a scale, these as bits of 2^-24 times themselves or as they are.
-template <int BITS, int SCALES>
-DEVICE u32 offset_of(const uint4* stage, int i, int half, int row, u32 g) {
-    const u32 word = scales_word<BITS, SCALES>(stage, i, true, g);
-    u32 bits;
-    if (SCALES == PLAIN || SCALES == MIN) bits = row ? word >> 16 : word & 0xffffu;
-    else if (SCALES == SUPER) bits = word >> (16 + 8 * row) & 255u;
-    else bits = float_to_half((float)(signed char)(word >> (16 * half + 8 * row)));
-    return bits * 0x10001u;
+// a min or of a scale, these as bits of 2^-24 times themselves or as they are. `word`: of the run's scales or mins.
+template <int SCALES>
+DEVICE u32 offset_of(u32 word, u32 half, int row) {
+    if (SCALES == PLAIN || SCALES == MIN) return row ? pick_bytes(word, 0x3232) : pick_bytes(word, 0x1010);
+    if (SCALES == SUPER) return row ? pick_bytes(word, 0x4343) : pick_bytes(word, 0x4242); // byte 4 is zero
+    return float_to_half((float)(signed char)(word >> (16 * half + 8 * row))) * 0x10001u;
 }
 
-// Adds one step's product to the sums of each token tile. `begin` and `end`: the runs that count; IS_WHOLE if all of the
-// step's do.
-template <int BITS, int SCALES, int ZERO, int TOKEN_TILES, bool IS_WHOLE>
-DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, u32 first_run, u32 n_runs, const Made& x, u32 step,
-                          u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
-    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), first = (first_run + step * STEP) % 8;
-    const bool is_one = SCALES < SUPER || first + min(STEP, n_runs - step * STEP) <= 8; // one super-block has all runs
+// 2^-20: products are of 2^-24 u, and sums of activations come as 2^-4 times themselves.
+#define OF_SUMS 9.5367431640625e-7f
+
+// Adds one step's product to the sums of each token tile, of a step whose runs all count and lie in one super-block.
+template <int BITS, int SCALES, int ZERO, int TOKEN_TILES>
+DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, const Made& x, u32 step, u32 first_token,
+                          u32 n_tokens, u32 lane) {
+    typedef Stage<BITS, SCALES> At;
+    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), n_steps = (x.columns / RUN + STEP - 1) / STEP;
+    const uint4* b_of[TOKEN_TILES];
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; n++) {
+        const u32 token = min(first_token + 8 * n + g, n_tokens - 1); // what is beyond is not looked at
+        b_of[n] = (const uint4*)x.halves + (u64)(token * n_steps + step) * (4 * STEP) + t;
+    }
     float of_step[TOKEN_TILES][4];
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) {
         for (int j = 0; j < 4; j++) of_step[n][j] = 0.0f;
     }
+    // Of MIN [pair]: scale and min of one run, then of the other; else [run].
+    uint4 words[SCALES == MIN ? 2 : 1];
+    words[0] = stage[At::SCALES_AT + g];
+    if (SCALES == MIN) words[SCALES == MIN] = stage[At::SCALES_AT + 8 + g];
 #pragma unroll
     for (int i = 0; i < STEP; i++) {
-        const u32 run = step * STEP + i;
-        if (!IS_WHOLE && (run < begin || run >= end)) continue;
         const Fragment a = fragment_of<BITS, SCALES>(stage, i, lane);
-        Factors factors = factors_of<BITS, SCALES>(stage, i, g);
-        if (!is_one) { // then d meets each run
-            const uint2 super = super_of<BITS, SCALES>(stage, first, i, g);
-            for (int row = 0; row < 2; row++) factors.first[row] *= half_of(super.x, row), factors.second[row] *= half_of(super.x, row);
-        }
+        const Factors factors =
+            factors_of<SCALES>(SCALES == MIN ? word_of(words[i / 2], i % 2 * 2) : word_of(words[0], i));
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
             if (n > 0 && first_token + 8 * n >= n_padded) break;
-            const u32 token = min(first_token + 8 * n + g, n_tokens - 1); // what is beyond is not looked at
-            const uint4 b = ((const uint4*)x.halves)[((u64)token * n_runs + run) * 4 + t];
+            const uint4 b = b_of[n][4 * i];
             float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             mma_f16(product, a.pairs[0][0], a.pairs[1][0], a.pairs[0][1], a.pairs[1][1], b.x, b.y);
             if (SCALES == HALVES) {
@@ -215,55 +224,79 @@ DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, u32 fi
         }
     }
     // The offsets: lane t holds the halves t and 4 + t of the step's eight, of runs t / 2 and 2 + t / 2.
-    u32 offsets[2][2];
-    bool counts[2];
-    float d[2] = {1.0f, 1.0f}, by[2];
+    const u32 low_word = SCALES == MIN ? (t < 2 ? words[0].y : words[0].w) : t < 2 ? words[0].x : words[0].y;
+    const u32 high_word = SCALES == MIN ? (t < 2 ? words[SCALES == MIN].y : words[SCALES == MIN].w) : t < 2 ? words[0].z : words[0].w;
+    u32 low[2], high[2];
+    float d[2], by[2];
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const u32 i = 2 * k + t / 2, run = step * STEP + i;
-        counts[k] = IS_WHOLE || (run >= begin && run < end);
-        for (int row = 0; row < 2; row++) {
-            offsets[k][row] = counts[k] ? offset_of<BITS, SCALES>(stage, i, t % 2, row, g) : 0;
-        }
-    }
-    // Units: products are of 2^-24 u, sums of activations come as 2^-4 times themselves.
     for (int row = 0; row < 2; row++) {
-        by[row] = SCALES == PLAIN ? -(float)ZERO * 9.5367431640625e-7f : 9.5367431640625e-7f; // 2^-20
+        low[row] = offset_of<SCALES>(low_word, t % 2, row), high[row] = offset_of<SCALES>(high_word, t % 2, row);
+        d[row] = 1.0f, by[row] = SCALES == PLAIN ? -(float)ZERO * OF_SUMS : OF_SUMS;
     }
     if (SCALES >= SUPER) {
-        const uint2 super = super_of<BITS, SCALES>(stage, first, 0, g);
+        const uint2 super = super_of<BITS, SCALES>(stage, 0, 0, g);
         for (int row = 0; row < 2; row++) {
-            if (is_one) d[row] = half_of(super.x, row);
-            by[row] = SCALES == SUPER ? -half_of(super.y, row) * 16.0f : -(float)ZERO * 9.5367431640625e-7f * half_of(super.x, row);
+            d[row] = half_of(super.x, row);
+            by[row] = SCALES == SUPER ? half_of(super.y, row) * -16.0f : d[row] * (-(float)ZERO * OF_SUMS);
         }
     }
+    const u64 of_totals = (u64)(step * 2 * STEP + t) * n_padded + first_token + g;
+    const u64 of_scales = ((u64)step * n_padded + first_token) / 2 + t;
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) {
         if (n > 0 && first_token + 8 * n >= n_padded) break;
-        const u32* totals = x.totals + (u64)(step * 2 * STEP + t) * n_padded + first_token + 8 * n + g;
-        const float2 scales = ((const float2*)x.scales)[((u64)step * n_padded + first_token + 8 * n) / 2 + t];
-        const u32 low = counts[0] ? totals[0] : 0, high = counts[1] ? totals[4 * n_padded] : 0;
-        float of_offsets[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
-        if (is_one) {
-            mma_f16(of_offsets[0], offsets[0][0], offsets[0][1], offsets[1][0], offsets[1][1], low, high);
-            for (int j = 0; j < 4; j++) {
-                const float both = fmaf(of_offsets[0][j], by[j / 2], of_step[n][j] * d[j / 2]);
-                sums[n][j] = fmaf(both, j % 2 ? scales.y : scales.x, sums[n][j]);
-            }
-            continue;
-        }
-        // Two super-blocks: each lane's offsets go to the product of theirs.
-        const uint2 next = super_of<BITS, SCALES>(stage, 0, 8, g);
-        const bool is_next[2] = {first + t / 2 >= 8, first + 2 + t / 2 >= 8};
-        for (int k = 0; k < 2; k++) {
-            const u32 a = is_next[0] == (k == 1) ? low : 0, b = is_next[1] == (k == 1) ? high : 0;
-            mma_f16(of_offsets[k], offsets[0][0], offsets[0][1], offsets[1][0], offsets[1][1], a, b);
-        }
+        const u32* totals = x.totals + of_totals + 8 * n;
+        const float2 scales = ((const float2*)x.scales)[of_scales + 4 * n];
+        float offset[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        mma_f16(offset, low[0], low[1], high[0], high[1], totals[0], totals[4 * n_padded]);
         for (int j = 0; j < 4; j++) {
-            const int row = j / 2;
-            const float by_next = SCALES == SUPER ? -half_of(next.y, row) * 16.0f : -(float)ZERO * 9.5367431640625e-7f * half_of(next.x, row);
-            const float both = fmaf(of_offsets[1][j], by_next, fmaf(of_offsets[0][j], by[row], of_step[n][j]));
-            sums[n][j] = fmaf(both, j % 2 ? scales.y : scales.x, sums[n][j]);
+            const float product = SCALES >= SUPER ? of_step[n][j] * d[j / 2] : of_step[n][j];
+            sums[n][j] = fmaf(fmaf(offset[j], by[j / 2], product), j % 2 ? scales.y : scales.x, sums[n][j]);
+        }
+    }
+}
+
+// The same of any step, run by run: `begin` and `end` are the runs that count. For parts and ranks whose columns do not
+// begin or end with a step.
+template <int BITS, int SCALES, int ZERO, int TOKEN_TILES>
+DEVICE void multiply_any_step(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
+                              u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
+    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), n_steps = (w.n_runs + STEP - 1) / STEP;
+    const u32 first = (w.first_run + step * STEP) % 8;
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; n++) {
+        if (first_token + 8 * n >= n_padded) break;
+        const u32 token = min(first_token + 8 * n + g, n_tokens - 1);
+        const float2 scales = ((const float2*)x.scales)[((u64)step * n_padded + first_token + 8 * n) / 2 + t];
+#pragma unroll
+        for (int i = 0; i < STEP; i++) {
+            const u32 run = step * STEP + i;
+            if (run < begin || run >= end) continue;
+            const Fragment a = fragment_of<BITS, SCALES>(stage, i, lane);
+            const Factors factors = factors_of<SCALES>(scales_word<BITS, SCALES>(stage, i, false, g));
+            const uint4 b = ((const uint4*)x.halves)[((u64)token * n_steps * STEP + run) * 4 + t];
+            float product[4] = {0.0f, 0.0f, 0.0f, 0.0f}, second[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            mma_f16(product, a.pairs[0][0], a.pairs[1][0], a.pairs[0][1], a.pairs[1][1], b.x, b.y);
+            mma_f16(second, a.pairs[0][2], a.pairs[1][2], a.pairs[0][3], a.pairs[1][3], b.z, b.w);
+            // Of the step's eight halves the two of this run, at lanes of 2i and 2i + 1; the rest is nothing.
+            const u32 word = scales_word<BITS, SCALES>(stage, i, true, g);
+            const bool is_mine = t / 2 == (u32)i % 2;
+            const u32 total = is_mine ? x.totals[(u64)(run * 2 + t % 2) * n_padded + first_token + 8 * n + g] : 0;
+            const u32 one = is_mine ? offset_of<SCALES>(word, t % 2, 0) : 0, other = is_mine ? offset_of<SCALES>(word, t % 2, 1) : 0;
+            float offset[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            mma_f16(offset, one, other, 0, 0, total, 0);
+            uint2 super = {0, 0};
+            if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, first, i, g);
+            for (int j = 0; j < 4; j++) {
+                const int row = j / 2;
+                const float d = SCALES >= SUPER ? half_of(super.x, row) : 1.0f;
+                float by = SCALES == PLAIN ? -(float)ZERO * OF_SUMS : OF_SUMS;
+                if (SCALES == SUPER) by = half_of(super.y, row) * -16.0f;
+                if (SCALES == HALVES) by = d * (-(float)ZERO * OF_SUMS);
+                const float both = SCALES == HALVES ? fmaf(second[j], factors.second[row], product[j] * factors.first[row])
+                                                    : (product[j] + second[j]) * factors.first[row];
+                sums[n][j] = fmaf(fmaf(offset[j], by, both * d), j % 2 ? scales.y : scales.x, sums[n][j]);
+            }
         }
     }
 }
@@ -271,22 +304,24 @@ DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, u32 fi
 template <int BITS, int SCALES, int ZERO>
 struct OfIntegers {
     typedef Quantised Matrix;
+    typedef ::Cursor<BITS, SCALES> Cursor;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
 
-    static DEVICE_MEMBER void fetch_step(const Quantised& w, uint4* stage, u32 tile, u32 step, u32 lane) {
-        fetch<BITS, SCALES>(w, stage, tile, step, lane);
+    // Whether all steps are as `multiply_step` takes them.
+    static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
+        return w.first_run % STEP == 0 && begin % STEP == 0 && (end % STEP == 0 || end == w.n_runs);
     }
 
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
-                                       u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
-        if (step * STEP >= begin && (step + 1) * STEP <= end) {
-            multiply_step<BITS, SCALES, ZERO, TOKEN_TILES, true>(sums, stage, w.first_run, w.n_runs, x, step, begin, end,
-                                                                 first_token, n_tokens, lane);
-        } else {
-            multiply_step<BITS, SCALES, ZERO, TOKEN_TILES, false>(sums, stage, w.first_run, w.n_runs, x, step, begin, end,
-                                                                  first_token, n_tokens, lane);
-        }
+                                       u32 first_token, u32 n_tokens, u32 lane) {
+        multiply_step<BITS, SCALES, ZERO, TOKEN_TILES>(sums, stage, x, step, first_token, n_tokens, lane);
+    }
+
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply_any(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x,
+                                           u32 step, u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
+        multiply_any_step<BITS, SCALES, ZERO, TOKEN_TILES>(sums, stage, w, x, step, begin, end, first_token, n_tokens, lane);
     }
 };
 
@@ -295,7 +330,7 @@ template <int BITS, int SCALES, int ZERO>
 DEVICE void floats_of(const uint4* stage, int i, u32 first, u32 lane, float out[2][8]) {
     const u32 g = lane / 4;
     const Fragment f = fragment_of<BITS, SCALES>(stage, i, lane);
-    const Factors factors = factors_of<BITS, SCALES>(stage, i, g);
+    const Factors factors = factors_of<SCALES>(scales_word<BITS, SCALES>(stage, i, false, g));
     uint2 super = {0, 0};
     if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, first, i, g);
     for (int row = 0; row < 2; row++) {
@@ -319,7 +354,9 @@ DEVICE void to_bf16(const Quantised& w, u16* out, u32 first_tile) {
     const u32 warp = threadIdx.x / 32, step = blockIdx.x * WARPS + warp, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if (step * STEP >= w.n_runs) return;
     uint4* stage = (uint4*)shared_memory() + warp * Stage<BITS, SCALES>::LEN;
-    fetch<BITS, SCALES>(w, stage, first_tile + blockIdx.y, step, lane);
+    Cursor<BITS, SCALES> cursor;
+    cursor.begin(w, first_tile + blockIdx.y, step, lane);
+    cursor.fetch(stage, lane);
     copy_commit();
     copy_wait<0>();
     warp_sync();
@@ -350,7 +387,11 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
     uint4* stage = (uint4*)shared_memory() + warp * Stage<BITS, SCALES>::LEN;
     for (u32 step = blockIdx.y * WARPS + warp; step * STEP < w.n_runs; step += gridDim.y * WARPS) {
         warp_sync(); // the last step was read
-        if (row < w.rows) fetch<BITS, SCALES>(w, stage, row / TILE_ROWS, step, lane);
+        if (row < w.rows) {
+            Cursor<BITS, SCALES> cursor;
+            cursor.begin(w, row / TILE_ROWS, step, lane);
+            cursor.fetch(stage, lane);
+        }
         copy_commit();
         copy_wait<0>();
         warp_sync();
@@ -370,11 +411,11 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
 }
 
 #define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                   \
-    KERNEL(LINEAR_THREADS)                                                                                             \
+    KERNEL_AT_LEAST(LINEAR_THREADS, 3)                                                                                 \
     linear_##FORMAT##_8(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                               \
         stream<OfIntegers<BITS, SCALES, ZERO>, 1>(all, x, parts, n_tokens);                                             \
     }                                                                                                                  \
-    KERNEL(LINEAR_THREADS)                                                                                             \
+    KERNEL_AT_LEAST(LINEAR_THREADS, MANY_BLOCKS)                                                                                 \
     linear_##FORMAT##_32(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
         stream<OfIntegers<BITS, SCALES, ZERO>, 4>(all, x, parts, n_tokens);                                             \
     }                                                                                                                  \

@@ -10,6 +10,13 @@
 // Sixteen bytes that a warp's ring has; at least two steps of any format fit.
 #define RING 512
 
+// Blocks of kernels for many tokens that a multiprocessor shall have room for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MANY_BLOCKS 1
+#else
+#define MANY_BLOCKS 2
+#endif
+
 #define MOST_MATRICES 3
 
 // Matrices of one format on one input, tile after tile. `first_tiles`: where the tiles of each begin; of those that are
@@ -60,33 +67,30 @@ DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, float* out
     }
 }
 
-// out[part][token][row] = sum over the part's columns of x[token] * w[row], for 8 * TOKEN_TILES tokens a block. Grid: blocks
-// that share the tiles, tokens, parts. `parts`: where the runs of each part begin, and where the last ends. Shared: a ring a
-// warp, then what `add_warps` takes.
-//
-// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, how it is fetched and multiplied.
-template <class Of, int TOKEN_TILES>
-DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const u32* parts, u32 n_tokens) {
+// A block's share of a launch, of steps of one kind: IS_PLAIN if all are.
+template <class Of, int TOKEN_TILES, bool IS_PLAIN>
+DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x, u32 begin, u32 end, u32 n_tokens) {
     constexpr int DEPTH = RING / Of::LEN;
     static_assert(DEPTH >= 2, "a step under way while another is multiplied");
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
-    const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];
     const u32 first_step = begin / Of::RUNS + warp, end_step = (end + Of::RUNS - 1) / Of::RUNS;
+    const u32 n_steps = first_step < end_step ? (end_step - first_step + WARPS - 1) / WARPS : 0; // of a tile, for this warp
     uint4* ring = (uint4*)shared_memory() + warp * RING;
     float* place = (float*)((uint4*)shared_memory() + WARPS * RING);
     // What is fetched next.
-    u32 ahead_tile = blockIdx.x, ahead_step = first_step, ahead_at = 0;
-    Chosen<typename Of::Matrix> ahead = choose(all, ahead_tile);
+    typename Of::Cursor cursor;
+    u32 ahead_tile = blockIdx.x, n_ahead = 0, ahead_at = 0;
     auto fetch_next = [&] {
-        if (ahead_step < end_step && ahead_tile < all.n_tiles) {
-            Of::fetch_step(ahead.matrix, ring + ahead_at * Of::LEN, ahead.tile, ahead_step, lane);
-            ahead_at = ahead_at + 1 == DEPTH ? 0 : ahead_at + 1;
-            ahead_step += WARPS;
-            if (ahead_step >= end_step) {
-                ahead_step = first_step;
-                ahead_tile += gridDim.x;
-                if (ahead_tile < all.n_tiles) ahead = choose(all, ahead_tile);
-            }
+        if (n_ahead == 0 && ahead_tile < all.n_tiles && n_steps > 0) {
+            const Chosen<typename Of::Matrix> ahead = choose(all, ahead_tile);
+            cursor.begin(ahead.matrix, ahead.tile, first_step, lane);
+            n_ahead = n_steps;
+            ahead_tile += gridDim.x;
+        }
+        if (n_ahead > 0) {
+            cursor.fetch(ring + ahead_at, lane);
+            n_ahead -= 1;
+            ahead_at = ahead_at == (DEPTH - 1) * Of::LEN ? 0 : ahead_at + Of::LEN;
         }
         copy_commit();
     };
@@ -100,14 +104,35 @@ DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const
         for (int n = 0; n < TOKEN_TILES; n++) {
             for (int i = 0; i < 4; i++) sums[n][i] = 0.0f;
         }
+#pragma unroll 1
         for (u32 step = first_step; step < end_step; step += WARPS) {
             copy_wait<DEPTH - 2>();
             warp_sync(); // all lanes' copies are there, and the step before was read
             fetch_next();
-            Of::template multiply<TOKEN_TILES>(sums, ring + at * Of::LEN, chosen.matrix, x, step, begin, end, first_token, n_tokens,
-                                               lane);
-            at = at + 1 == DEPTH ? 0 : at + 1;
+            if (IS_PLAIN) {
+                Of::template multiply<TOKEN_TILES>(sums, ring + at, chosen.matrix, x, step, first_token, n_tokens, lane);
+            } else {
+                Of::template multiply_any<TOKEN_TILES>(sums, ring + at, chosen.matrix, x, step, begin, end, first_token, n_tokens,
+                                                       lane);
+            }
+            at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
         add_warps<TOKEN_TILES>(sums, place, chosen.out, chosen.tile, chosen.matrix.rows, n_tokens);
+    }
+}
+
+// out[part][token][row] = sum over the part's columns of x[token] * w[row], for 8 * TOKEN_TILES tokens a block. Grid: blocks
+// that share the tiles, tokens, parts. `parts`: where the runs of each part begin, and where the last ends. Shared: a ring a
+// warp, then what `add_warps` takes.
+//
+// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, and how it is
+// multiplied. All matrices have the same columns.
+template <class Of, int TOKEN_TILES>
+DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const u32* parts, u32 n_tokens) {
+    const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];
+    if (Of::is_plain(all.of[0], begin, end)) {
+        stream_steps<Of, TOKEN_TILES, true>(all, x, begin, end, n_tokens);
+    } else {
+        stream_steps<Of, TOKEN_TILES, false>(all, x, begin, end, n_tokens);
     }
 }

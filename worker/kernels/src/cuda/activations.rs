@@ -36,16 +36,20 @@ impl Activations {
     /// Too little memory.
     pub fn new(device: &Device, max_tokens: usize, columns: usize) -> Result<Self, Error> {
         let padded = max_tokens.next_multiple_of(TOKEN_TILE);
-        let n = padded * columns;
-        Ok(Self {
+        let (n, n_steps) = (padded * columns, columns.div_ceil(STEP_COLUMNS));
+        let all = Self {
             max_tokens,
             max_columns: columns,
-            halves: device.buffer(n)?,
-            scales: device.buffer(columns.div_ceil(STEP_COLUMNS) * padded)?,
-            totals: device.buffer(2 * columns.div_ceil(RUN) * padded)?,
+            halves: device.buffer(padded * n_steps * STEP_COLUMNS)?,
+            scales: device.buffer(n_steps * padded)?,
+            totals: device.buffer(n_steps * STEP_COLUMNS / RUN * 2 * padded)?,
             first: device.buffer(n)?,
             second: device.buffer(n)?,
-        })
+        };
+        // What lies beyond the columns of a last step meets weights of zero, so it must be a number.
+        all.halves.clear()?;
+        all.totals.clear()?;
+        Ok(all)
     }
 }
 

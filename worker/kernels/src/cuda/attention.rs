@@ -30,6 +30,8 @@ const GROUP: usize = 8;
 const ATTEND_WARPS: usize = 4;
 const PLAIN_WARPS: usize = 8;
 const MERGE_WARPS: usize = 4;
+/// Heads that a block of `rope_kv` takes.
+const ROPE_HEADS: usize = 4;
 
 /// Splits of one row's sequence, for one block of [`attend`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,7 +157,7 @@ pub struct Rope<'a> {
     pub is_adjacent: bool,
 }
 
-/// Rotates queries and keys in place, and writes keys and values to their slots. q: `[rows, n_heads,
+/// Rotates queries in place, and writes rotated keys and values to their slots. q: `[rows, n_heads,
 /// head_dim]`; k, v: `[rows, n_kv_heads, head_dim]`.
 ///
 /// # Errors
@@ -186,8 +188,9 @@ pub fn rope_kv(
         .number(cache.n_kv_heads)
         .number(rope.n_pairs)
         .number(usize::from(rope.is_adjacent));
-    let geometry = Geometry::new(n_rows, n_heads + cache.n_kv_heads, 1).shared_floats(4);
-    // SAFETY: a block a row and head, within the lengths asserted; positions and slots as `Rows`
+    let n_blocks = (n_heads + cache.n_kv_heads).div_ceil(ROPE_HEADS);
+    let geometry = Geometry::new(n_rows, n_blocks, 1).shared_floats(ROPE_HEADS * head_dim);
+    // SAFETY: a warp a row and head, within the lengths asserted; positions and slots as `Rows`
     // says.
     unsafe { launch(cache.pages.device(), kernels::ROPE_KV, geometry, arguments) }
 }

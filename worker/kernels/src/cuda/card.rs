@@ -179,6 +179,13 @@ impl Driver for Card {
         self.synchronise()
     }
 
+    fn clear(&self, address: u64, bytes: usize) -> Result<(), Error> {
+        self.bind()?;
+        // SAFETY: a buffer, whole, as it says.
+        unsafe { result::memset_d8_async(address, 0, bytes, self.0.stream) }
+            .map_err(failed("cuMemsetD8Async"))
+    }
+
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
         self.bind()?;
         // SAFETY: within buffers, as they asserted.

@@ -38,6 +38,8 @@ pub(super) trait Driver: Send + Sync {
     fn free(&self, address: u64);
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Error>;
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Error>;
+    /// Makes bytes zero.
+    fn clear(&self, address: u64, bytes: usize) -> Result<(), Error>;
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error>;
     /// # Safety
     /// The arguments are what the kernel takes, and its threads stay within their memory.

@@ -271,6 +271,15 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn clear(&self, address: u64, bytes: usize) -> Result<(), Error> {
+        let state = self.state();
+        assert!(state.recording.is_none(), "nothing is cleared while recording");
+        state.find(address, bytes);
+        // SAFETY: within an allocation, as just found.
+        unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
+        Ok(())
+    }
+
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
         self.take(Task::Copy { to, from, bytes });
         Ok(())

@@ -90,8 +90,17 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
 
 /// All that are compiled for a shape.
 pub(super) fn all(shape: Shape) -> Vec<Kernel> {
-    let mut all =
-        vec![MAKE_PLAIN, RMS_NORM, SILU_GATE, ADD_PARTS, CANDIDATES, LIKELIEST, PEAKS, ROPE_KV, MERGE_ATTENDED];
+    let mut all = vec![
+        MAKE_PLAIN,
+        RMS_NORM,
+        SILU_GATE,
+        ADD_PARTS,
+        CANDIDATES,
+        LIKELIEST,
+        PEAKS,
+        ROPE_KV,
+        MERGE_ATTENDED,
+    ];
     match shape.kv_format {
         attention::Format::F16 => all.extend([ATTEND, ATTEND_TILES]),
         attention::Format::F32 | attention::Format::Int8 => all.push(ATTEND_PLAIN),

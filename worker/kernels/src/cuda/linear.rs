@@ -4,7 +4,7 @@ use super::activations::{self, Activations, Forms, Making, RUN, TOKEN_TILE};
 use super::device::Gemm;
 use super::kernels::{self, Linear, WARPS};
 use super::launch::{Arguments, Geometry, Kernel, Words};
-use super::matrix::{Matrix, Weights};
+use super::matrix::{Matrix, STEP, Weights};
 use super::memory::Buffer;
 use super::rows::{assert_together, launch};
 use super::{Device, Error, View};
@@ -17,8 +17,6 @@ const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// it takes as they are, and with integers, which are first turned to bf16.
 const MOST_DENSE_TOKENS: usize = 32;
 const MOST_INTEGER_TOKENS: usize = 64;
-/// Runs that a warp takes at once of weights in integers.
-const STEP: usize = 4;
 /// Floats of a warp's ring, and of a stage at most: of eight bits (`stream.cu`, `quantised.cu`).
 const RING: usize = 4 * 512;
 const STAGE: usize = 4 * 136;

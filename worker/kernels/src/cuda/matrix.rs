@@ -14,6 +14,8 @@ use crate::quant::{Format, with_blocks};
 const CHUNK_TILES: usize = 256;
 /// Tiles that are worth a thread.
 const LEAST_TILES: usize = 8;
+/// Runs of a step.
+pub(super) const STEP: usize = 4;
 /// Runs that share a super-block's scales.
 const SUPER_RUNS: usize = 8;
 
@@ -48,10 +50,11 @@ impl Words for Quantised {
 }
 
 /// Words of a tile in each plane: its lanes' words of a run, of two runs, of four, or of a
-/// super-block.
+/// super-block. Runs are padded to whole steps.
 fn words_of_tile(bits: usize, scales: Scales, n_runs: usize, n_supers: usize) -> [usize; 4] {
-    let (pairs, fours) = (n_runs.div_ceil(2), n_runs.div_ceil(4));
-    let quants = if bits == 8 { 8 * TILE_ROWS * n_runs } else { 8 * TILE_ROWS * pairs };
+    let fours = n_runs.div_ceil(STEP);
+    let pairs = 2 * fours;
+    let quants = if bits == 8 { 2 * 8 * TILE_ROWS * pairs } else { 8 * TILE_ROWS * pairs };
     let tops = match bits {
         5 => 2 * TILE_ROWS * pairs,
         6 => 4 * TILE_ROWS * pairs,
@@ -167,7 +170,9 @@ impl Quantised {
         let n_supers = (first_run + n_runs).div_ceil(SUPER_RUNS);
         let of_tile = words_of_tile(B::BITS, B::SCALES, n_runs, n_supers);
         let n_tiles = rows.div_ceil(TILE_ROWS);
-        let [quants, tops, scales, supers] = of_tile.map(|words| device.buffer(words * n_tiles));
+        // The spare words may be fetched, and are not looked at.
+        let [quants, tops, scales, supers] =
+            of_tile.map(|words| device.buffer(words * n_tiles + TILE_ROWS));
         let planes = [quants?, tops?, scales?, supers?];
         let mut staged: [Vec<u32>; 4] = Default::default();
         for first in (0..n_tiles).step_by(CHUNK_TILES) {

@@ -107,6 +107,14 @@ impl<T: Number> Buffer<T> {
         }
     }
 
+    /// Makes all numbers zero.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn clear(&self) -> Result<(), Error> {
+        self.device.driver().clear(self.address, self.len * size_of::<T>())
+    }
+
     /// Copies `n` numbers from `from` of `other` to `to` of this buffer.
     ///
     /// # Errors

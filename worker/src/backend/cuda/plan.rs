@@ -17,6 +17,8 @@ pub(super) struct Bounds {
     pub(super) max_tokens: usize,
     pub(super) max_samples: usize,
     pub(super) max_items: usize,
+    /// Items that are enough to keep the device busy: more only cost their sums.
+    pub(super) enough_items: usize,
     pub(super) n_kv_blocks: usize,
     /// The most query heads that one KV head serves; 0 without attention.
     pub(super) group: usize,
@@ -163,11 +165,13 @@ impl Plan {
             }
         }
         assert!(splits.len() <= bounds.max_items, "an item for each row at least");
-        // As many items as there is room for, for they run side by side.
-        let mut of_item = 1;
-        while splits.iter().map(|(_, n, _)| n.div_ceil(of_item) as usize).sum::<usize>()
-            > bounds.max_items
-        {
+        // Some items, for they run side by side; at least one for each row.
+        let most = bounds.enough_items.max(splits.len()).min(bounds.max_items);
+        let count = |of_item: u32| {
+            splits.iter().map(|(_, n, _)| n.div_ceil(of_item) as usize).sum::<usize>()
+        };
+        let mut of_item = count(1).div_ceil(most.max(1)).max(1) as u32;
+        while count(of_item) > most {
             of_item += 1;
         }
         let mut splits = splits.iter().peekable();
@@ -234,6 +238,7 @@ mod tests {
         max_tokens: 64,
         max_samples: 16,
         max_items: 40,
+        enough_items: 40,
         n_kv_blocks: 1000,
         group: 3,
         split: 256,

@@ -25,8 +25,9 @@ use super::weights::Weights;
 use crate::backend::{Backend, Batch, Error, KV_BLOCK_LEN, KvFormat, Options};
 use crate::model::program::{BufferId, Op, Program};
 
-/// Blocks of threads that attention is spread over at least, where sequences are long enough.
-const LEAST_ITEMS: usize = 1024;
+/// Blocks of threads that attention is spread over, where sequences are long enough: some for each of a
+/// large card's multiprocessors.
+const ATTENTION_BLOCKS: usize = 2048;
 /// Tokens of a tensor core's tile: buffers hold whole ones.
 const TOKEN_TILE: usize = 8;
 
@@ -96,10 +97,12 @@ fn bounds(program: &Program, options: &Options, n_kv_blocks: usize) -> Bounds {
         _ => None,
     });
     let max_tokens = padded_tokens(options);
+    let enough_items = ATTENTION_BLOCKS.div_ceil(program.n_kv_heads.max(1));
     Bounds {
         max_tokens,
         max_samples: options.max_sample_rows.next_multiple_of(TOKEN_TILE),
-        max_items: max_tokens.max(LEAST_ITEMS),
+        max_items: max_tokens.max(enough_items),
+        enough_items,
         n_kv_blocks,
         group: groups.max().unwrap_or(0),
         split: attention::split_len(options.kv_format) as u32,
