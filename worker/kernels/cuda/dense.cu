@@ -9,29 +9,35 @@ struct Dense {
     u32 rows, n_runs;
 };
 
-// A step is two runs. A lane holds columns 8t to 8t + 7 of each, which are any eight to the product as long as both sides
-// take the same.
+// A step is two runs, 128 bytes of each row. A lane multiplies columns 8t to 8t + 7 of each run, which are any eight to the
+// product as long as both sides take the same.
 struct OfBf16Rows {
     typedef Dense Matrix;
     static constexpr u32 RUNS = 2, LEN = 4 * 32;
 
+    // Eight lanes fetch a row of a step: whole lines. In shared memory it lies by run, then as lanes multiply it: rows 0 to 7
+    // and the rest.
     struct Cursor {
-        const uint4* rows[2];
-        u32 runs_left; // of the row
+        const uint4* rows[4];
+        u32 place; // of the first of them
+        u32 runs_left; // of the row, from this lane's run on
 
         DEVICE_MEMBER void begin(const Dense& m, u32 tile, u32 step, u32 lane) {
-            for (int row = 0; row < 2; row++) {
-                rows[row] = m.w + ((u64)(tile * TILE_ROWS + lane / 4 + 8 * row) * m.n_runs + step * RUNS) * 4 + lane % 4;
-            }
-            runs_left = m.n_runs - step * RUNS;
+            const u32 row = lane / 8, of_row = lane % 8;
+            const uint4* first = m.w + ((u64)(tile * TILE_ROWS + row) * m.n_runs + step * RUNS) * 4 + of_row;
+#pragma unroll
+            for (int i = 0; i < 4; i++) rows[i] = first + (u64)(4 * i) * m.n_runs * 4;
+            place = of_row / 4 * 64 + row * 4 + of_row % 4;
+            runs_left = m.n_runs - step * RUNS - of_row / 4;
         }
 
-        DEVICE_MEMBER void fetch(uint4* stage, u32 lane) {
+        DEVICE_MEMBER void fetch(uint4* stage, u32) {
+            // Of a last step that is one run, half of the lanes have nothing.
+            const bool is_there = (int)runs_left > 0;
 #pragma unroll
-            for (int row = 0; row < 2; row++) {
-                copy_begin(stage + row * 32 + lane, rows[row]);
-                if (runs_left > 1) copy_begin(stage + (2 + row) * 32 + lane, rows[row] + 4);
-                rows[row] += WARPS * RUNS * 4;
+            for (int i = 0; i < 4; i++) {
+                if (is_there) copy_begin(stage + place + i * 16, rows[i]);
+                rows[i] += WARPS * RUNS * 4;
             }
             runs_left -= WARPS * RUNS;
         }
@@ -49,10 +55,12 @@ struct OfBf16Rows {
             const u32 token = min(first_token + 8 * n + lane / 4, n_tokens - 1); // what is beyond is not looked at
             const u64 at = (u64)(token * m.n_runs + run) * 4 + lane % 4;
             const uint4 b = ((const uint4*)x.first)[at], rest = ((const uint4*)x.second)[at];
+            float product[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // a shorter chain
+            mma_bf16(product, a.x, below.x, a.y, below.y, rest.x, rest.y);
+            mma_bf16(product, a.z, below.z, a.w, below.w, rest.z, rest.w);
             mma_bf16(sums[n], a.x, below.x, a.y, below.y, b.x, b.y);
-            mma_bf16(sums[n], a.x, below.x, a.y, below.y, rest.x, rest.y);
             mma_bf16(sums[n], a.z, below.z, a.w, below.w, b.z, b.w);
-            mma_bf16(sums[n], a.z, below.z, a.w, below.w, rest.z, rest.w);
+            for (int j = 0; j < 4; j++) sums[n][j] += product[j];
         }
     }
 

@@ -20,8 +20,9 @@ const MOST_INTEGER_TOKENS: usize = 64;
 /// Floats of a warp's ring, and of a stage at most: of eight bits (`stream.cu`, `quantised.cu`).
 const RING: usize = 4 * 512;
 const STAGE: usize = 4 * 136;
-/// Blocks that a multiprocessor has room for.
-const BLOCKS: usize = 2;
+/// Blocks that a multiprocessor has room for, of few tokens and of many.
+const FEW_BLOCKS: usize = 3;
+const MANY_BLOCKS: usize = 2;
 /// Matrices that one launch takes.
 const MOST_MATRICES: usize = 3;
 
@@ -258,7 +259,8 @@ fn tiles(made: Making<'_>, kernel: Kernel, projections: &[Projection<'_>]) -> Re
         .memory(&parts.on_device)
         .number(made.n_tokens);
     let device = projections[0].out.device();
-    let n_blocks = BLOCKS * device.driver().n_multiprocessors();
+    let blocks = if made.n_tokens <= FEW_TOKENS { FEW_BLOCKS } else { MANY_BLOCKS };
+    let n_blocks = blocks * device.driver().n_multiprocessors();
     let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_blocks);
     // SAFETY: planes of the weights' own shapes, rows of bf16 padded to whole tiles; activations of
     // their columns, made; outputs of the asserted sizes.
