@@ -18,16 +18,16 @@ struct OfBf16Rows {
     // Eight lanes fetch a row of a step: whole lines. In shared memory it lies by run, then as lanes multiply it: rows 0 to 7
     // and the rest.
     struct Cursor {
-        const uint4* rows[4];
-        u32 place; // of the first of them
+        const uint4* row;
+        u32 four_rows; // from a row to the fourth after it
+        u32 place;     // of the first row
         u32 runs_left; // of the row, from this lane's run on
 
         DEVICE_MEMBER void begin(const Dense& m, u32 tile, u32 step, u32 lane) {
-            const u32 row = lane / 8, of_row = lane % 8;
-            const uint4* first = m.w + ((u64)(tile * TILE_ROWS + row) * m.n_runs + step * RUNS) * 4 + of_row;
-#pragma unroll
-            for (int i = 0; i < 4; i++) rows[i] = first + (u64)(4 * i) * m.n_runs * 4;
-            place = of_row / 4 * 64 + row * 4 + of_row % 4;
+            const u32 at = lane / 8, of_row = lane % 8;
+            row = m.w + ((u64)(tile * TILE_ROWS + at) * m.n_runs + step * RUNS) * 4 + of_row;
+            four_rows = 16 * m.n_runs;
+            place = of_row / 4 * 64 + at * 4 + of_row % 4;
             runs_left = m.n_runs - step * RUNS - of_row / 4;
         }
 
@@ -36,9 +36,9 @@ struct OfBf16Rows {
             const bool is_there = (int)runs_left > 0;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (is_there) copy_begin(stage + place + i * 16, rows[i]);
-                rows[i] += WARPS * RUNS * 4;
+                if (is_there) copy_begin(stage + place + i * 16, row + i * four_rows);
             }
+            row += WARPS * RUNS * 4;
             runs_left -= WARPS * RUNS;
         }
     };
