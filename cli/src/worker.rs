@@ -55,7 +55,7 @@ pub struct Options {
     #[arg(long, env = "EVENER_BACKEND", value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
     /// What it computes on: cpu, cuda:N (a card of the driver's), or auto (the first card, if there
-    /// is one). `evener doctor` shows what there is. No kernel has run on a card yet.
+    /// is one). `evener doctor` shows what there is.
     #[arg(long, env = "EVENER_DEVICE", value_name = "DEVICE", default_value_t = Device::Cpu)]
     pub device: Device,
     /// Threads that compute; default: one per core.

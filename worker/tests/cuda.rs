@@ -2,8 +2,7 @@
 //! format and with every kind of cache, against plain f32 tensors; steps replayed from graphs; ranks
 //! of unequal shares, which sum on their devices or through their hosts.
 //!
-//! The emulation shows that the kernels, their launches and their buffers compute the right thing. No
-//! card has run them yet.
+//! The emulation shows that the kernels, their launches and their buffers compute the right thing.
 
 #![allow(clippy::unwrap_used)]
 

@@ -60,8 +60,7 @@ pub struct Shape {
     /// What computes.
     #[arg(long, env = "EVENER_BACKEND", value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
-    /// What all workers compute on: cpu, cuda:N (they share a card), or auto. No kernel has run on a
-    /// card yet.
+    /// What all workers compute on: cpu, cuda:N (they share a card), or auto.
     #[arg(long, env = "EVENER_DEVICE", value_name = "DEVICE", default_value_t = Device::Cpu)]
     pub device: Device,
     /// How the workers exchange partial sums.

@@ -2,7 +2,7 @@
 //!
 //! Nothing of CUDA is needed to build this, and a machine without it is told so ([`probe`]). An op
 //! takes buffers of one device and checks their lengths; what a step puts into tables and slots its
-//! caller has checked. No kernel has run on a card yet: tests run them on [`Place::Emulator`].
+//! caller has checked. Tests run them on [`Place::Emulator`], or on a card.
 
 pub mod activations;
 pub mod attention;
