@@ -34,7 +34,7 @@ const INT8_TOLERANCE: f64 = 1e-2;
 /// 1/4096 of a number, and errors partly cancel.
 const F16_TOLERANCE: f64 = 5e-4;
 /// Of the largest number of an output, where the CUDA kernels round activations to bf16 because more
-/// than 32 tokens meet weights of bf16: half a step is 1/512 of a number, and errors partly cancel.
+/// than 8 tokens meet weights of bf16: half a step is 1/512 of a number, and errors partly cancel.
 const BF16_TOLERANCE: f64 = 1e-2;
 
 const FORMATS: [GgmlDType; 11] = [

@@ -27,7 +27,7 @@ const TOLERANCE: f32 = 3e-3;
 const MIXED_TOLERANCE: f32 = 2e-2;
 /// Where the cache keeps 8 bits a number.
 const INT8_CACHE_TOLERANCE: f32 = 3e-2;
-/// Where more than 32 tokens meet weights of bf16, or more than 64 others, activations and weights are
+/// Where more than 8 tokens meet weights of bf16, or more than 48 others, activations and weights are
 /// rounded to bf16: 8 bits, on the way through each of two layers.
 const BF16_TOLERANCE: f32 = 2e-2;
 /// Of the largest logit of 30 layers: the processor rounds activations to 12 bits, the card to 11.

@@ -17,6 +17,7 @@ struct OfBf16Rows {
 
     // Eight lanes fetch a row of a step: whole lines. In shared memory it lies by run, then as lanes multiply it: rows 0 to 7
     // and the rest.
+    template <int WARPS>
     struct Cursor {
         const uint4* row;
         u32 four_rows; // from a row to the fourth after it
@@ -85,11 +86,11 @@ struct OfBf16Rows {
     }
 };
 
-KERNEL_AT_LEAST(LINEAR_THREADS, 3)
-linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, 1>(all, x, parts, n_tokens); }
+KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
+linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, FEW_WARPS, 1>(all, x, parts, n_tokens); }
 
-KERNEL_AT_LEAST(LINEAR_THREADS, MANY_BLOCKS)
-linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, 4>(all, x, parts, n_tokens); }
+KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)
+linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, MANY_WARPS, 4>(all, x, parts, n_tokens); }
 
 struct OfF32 {
     typedef float Number;
@@ -109,7 +110,7 @@ template <class Of>
 DEVICE void multiply_plain(const typename Of::Number* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns,
                            u32 n_tokens) {
     depend();
-    const u32 lane = threadIdx.x % 32, row = blockIdx.x * WARPS + threadIdx.x / 32, token = blockIdx.y, part = blockIdx.z;
+    const u32 lane = threadIdx.x % 32, row = blockIdx.x * PACK_WARPS + threadIdx.x / 32, token = blockIdx.y, part = blockIdx.z;
     if (row >= rows) return;
     float sum = 0.0f;
     for (u32 i = parts[part] * RUN + lane; i < parts[part + 1] * RUN; i += 32) {
@@ -119,12 +120,12 @@ DEVICE void multiply_plain(const typename Of::Number* w, const float* x, const u
     if (lane == 0) out[((u64)part * n_tokens + token) * rows + row] = sum;
 }
 
-KERNEL(LINEAR_THREADS)
+KERNEL(PACK_THREADS)
 linear_f32(const float* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns, u32 n_tokens) {
     multiply_plain<OfF32>(w, x, parts, out, rows, columns, n_tokens);
 }
 
-KERNEL(LINEAR_THREADS)
+KERNEL(PACK_THREADS)
 linear_f16(const u16* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns, u32 n_tokens) {
     multiply_plain<OfF16>(w, x, parts, out, rows, columns, n_tokens);
 }
@@ -133,23 +134,23 @@ template <class Of>
 DEVICE void look_up_plain(const typename Of::Number* w, const u32* tokens, float* out, u32 first_row, u32 rows, u32 columns) {
     depend();
     const u32 row = tokens[blockIdx.x] - first_row; // what is below wraps to beyond
-    for (u32 i = threadIdx.x; i < columns; i += LINEAR_THREADS) {
+    for (u32 i = threadIdx.x; i < columns; i += PACK_THREADS) {
         const float value = row < rows ? Of::value(w[(u64)row * columns + i]) + 0.0f : 0.0f;
         out[(u64)blockIdx.x * columns + i] = value;
     }
 }
 
-KERNEL(LINEAR_THREADS)
+KERNEL(PACK_THREADS)
 embed_f32(const float* w, const u32* tokens, float* out, u32 first_row, u32 rows, u32 columns) {
     look_up_plain<OfF32>(w, tokens, out, first_row, rows, columns);
 }
 
-KERNEL(LINEAR_THREADS)
+KERNEL(PACK_THREADS)
 embed_f16(const u16* w, const u32* tokens, float* out, u32 first_row, u32 rows, u32 columns) {
     look_up_plain<OfF16>(w, tokens, out, first_row, rows, columns);
 }
 
-KERNEL(LINEAR_THREADS)
+KERNEL(PACK_THREADS)
 embed_bf16(const u16* w, const u32* tokens, float* out, u32 first_row, u32 rows, u32 columns) {
     look_up_plain<OfBf16>(w, tokens, out, first_row, rows, columns);
 }

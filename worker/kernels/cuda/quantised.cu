@@ -8,6 +8,8 @@
 // not depend on how many tokens there are.
 
 #define STEP 4 // runs
+#define PACK_THREADS 256 // of kernels that look at each step once
+#define PACK_WARPS 8
 
 // How scale and min of a run are kept; `blocks.rs` has the same.
 #define PLAIN 0  // f16 scale of each row
@@ -47,8 +49,8 @@ struct Stage {
 
 // Where a lane's share of a tile's next step lies. Steps of one warp are WARPS apart: an even number, so that all begin in
 // the same half of a super-block.
-template <int BITS, int SCALES>
-struct Cursor {
+template <int BITS, int SCALES, int WARPS>
+struct IntegerCursor {
     typedef Stage<BITS, SCALES> At;
     static constexpr int N_REST = (At::REST + 31) / 32;
     const uint4* quants;
@@ -304,7 +306,8 @@ DEVICE void multiply_any_step(float sums[TOKEN_TILES][4], const uint4* stage, co
 template <int BITS, int SCALES, int ZERO>
 struct OfIntegers {
     typedef Quantised Matrix;
-    typedef ::Cursor<BITS, SCALES> Cursor;
+    template <int WARPS>
+    using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
 
     // Whether all steps are as `multiply_step` takes them.
@@ -351,10 +354,10 @@ DEVICE void floats_of(const uint4* stage, int i, u32 first, u32 lane, float out[
 template <int BITS, int SCALES, int ZERO>
 DEVICE void to_bf16(const Quantised& w, u16* out, u32 first_tile) {
     depend();
-    const u32 warp = threadIdx.x / 32, step = blockIdx.x * WARPS + warp, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 warp = threadIdx.x / 32, step = blockIdx.x * PACK_WARPS + warp, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if (step * STEP >= w.n_runs) return;
     uint4* stage = (uint4*)shared_memory() + warp * Stage<BITS, SCALES>::LEN;
-    Cursor<BITS, SCALES> cursor;
+    IntegerCursor<BITS, SCALES, PACK_WARPS> cursor;
     cursor.begin(w, first_tile + blockIdx.y, step, lane);
     cursor.fetch(stage, lane);
     copy_commit();
@@ -385,10 +388,10 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
     const u32 row = tokens[blockIdx.x] - first_row; // what is below wraps to beyond
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint4* stage = (uint4*)shared_memory() + warp * Stage<BITS, SCALES>::LEN;
-    for (u32 step = blockIdx.y * WARPS + warp; step * STEP < w.n_runs; step += gridDim.y * WARPS) {
+    for (u32 step = blockIdx.y * PACK_WARPS + warp; step * STEP < w.n_runs; step += gridDim.y * PACK_WARPS) {
         warp_sync(); // the last step was read
         if (row < w.rows) {
-            Cursor<BITS, SCALES> cursor;
+            IntegerCursor<BITS, SCALES, PACK_WARPS> cursor;
             cursor.begin(w, row / TILE_ROWS, step, lane);
             cursor.fetch(stage, lane);
         }
@@ -411,19 +414,19 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
 }
 
 #define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                   \
-    KERNEL_AT_LEAST(LINEAR_THREADS, 3)                                                                                 \
+    KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
     linear_##FORMAT##_8(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                               \
-        stream<OfIntegers<BITS, SCALES, ZERO>, 1>(all, x, parts, n_tokens);                                             \
+        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, parts, n_tokens);                                             \
     }                                                                                                                  \
-    KERNEL_AT_LEAST(LINEAR_THREADS, MANY_BLOCKS)                                                                                 \
+    KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                                 \
     linear_##FORMAT##_32(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
-        stream<OfIntegers<BITS, SCALES, ZERO>, 4>(all, x, parts, n_tokens);                                             \
+        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, parts, n_tokens);                                             \
     }                                                                                                                  \
-    KERNEL(LINEAR_THREADS)                                                                                             \
+    KERNEL(PACK_THREADS)                                                                                               \
     to_bf16_##FORMAT(Quantised w, u16* out, u32 first_tile) {                                                           \
         to_bf16<BITS, SCALES, ZERO>(w, out, first_tile);                                                                \
     }                                                                                                                  \
-    KERNEL(LINEAR_THREADS)                                                                                             \
+    KERNEL(PACK_THREADS)                                                                                               \
     embed_##FORMAT(Quantised w, const u32* tokens, float* out, u32 first_row) {                                         \
         look_up<BITS, SCALES, ZERO>(w, tokens, out, first_row);                                                         \
     }

@@ -4,18 +4,21 @@
 // of steps on their way to shared memory, across tiles, and from before the activations are there: what it waits for is
 // memory alone.
 
-#define WARPS 8
-#define LINEAR_THREADS 256
 #define TILE_ROWS 16
-// Sixteen bytes that a warp's ring has; at least two steps of any format fit.
-#define RING 512
-
-// Blocks of kernels for many tokens that a multiprocessor shall have room for.
+// Of kernels for up to eight tokens, and up to 32: warps, threads, and blocks that a multiprocessor shall have room for. (Of
+// an H200 these were the fastest of 8, 12 and 16 warps.)
+#define FEW_WARPS 12
+#define FEW_THREADS 384
+#define FEW_BLOCKS 2
+#define MANY_WARPS 8
+#define MANY_THREADS 256
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define MANY_BLOCKS 1
 #else
 #define MANY_BLOCKS 2
 #endif
+// Sixteen bytes that a warp's ring has; at least two steps of any format fit.
+#define RING 288
 
 #define MOST_MATRICES 3
 
@@ -45,7 +48,7 @@ DEVICE Chosen<Matrix> choose(const Several<Matrix>& all, u32 tile) {
 }
 
 // The sums of a block's warps, added in order, to out[part][token][row]. `sums` lie as products of tensor cores do.
-template <int TOKEN_TILES>
+template <int WARPS, int TOKEN_TILES>
 DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, float* out, u32 tile, u32 rows, u32 n_tokens) {
     const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4; // place: [warp][token][row] of 8 tokens
     const u32 row_of_tile = threadIdx.x % TILE_ROWS, token_of_tile = threadIdx.x / TILE_ROWS;
@@ -61,14 +64,14 @@ DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, float* out
         const u32 token = (blockIdx.y * TOKEN_TILES + n) * 8 + token_of_tile;
         if (token_of_tile < 8 && token < n_tokens && row < rows) {
             float sum = 0.0f;
-            for (u32 i = 0; i < WARPS; i++) sum += place[(i * 8 + token_of_tile) * TILE_ROWS + row_of_tile];
+            for (int i = 0; i < WARPS; i++) sum += place[(i * 8 + token_of_tile) * TILE_ROWS + row_of_tile];
             out[((u64)blockIdx.z * n_tokens + token) * rows + row] = sum;
         }
     }
 }
 
 // A block's share of a launch, of steps of one kind: IS_PLAIN if all are.
-template <class Of, int TOKEN_TILES, bool IS_PLAIN>
+template <class Of, int WARPS, int TOKEN_TILES, bool IS_PLAIN>
 DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x, u32 begin, u32 end, u32 n_tokens) {
     constexpr int DEPTH = RING / Of::LEN;
     static_assert(DEPTH >= 2, "a step under way while another is multiplied");
@@ -78,7 +81,7 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
     uint4* ring = (uint4*)shared_memory() + warp * RING;
     float* place = (float*)((uint4*)shared_memory() + WARPS * RING);
     // What is fetched next.
-    typename Of::Cursor cursor;
+    typename Of::template Cursor<WARPS> cursor;
     u32 ahead_tile = blockIdx.x, n_ahead = 0, ahead_at = 0;
     auto fetch_next = [&] {
         if (n_ahead == 0 && ahead_tile < all.n_tiles && n_steps > 0) {
@@ -117,7 +120,7 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
             }
             at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
-        add_warps<TOKEN_TILES>(sums, place, chosen.out, chosen.tile, chosen.matrix.rows, n_tokens);
+        add_warps<WARPS, TOKEN_TILES>(sums, place, chosen.out, chosen.tile, chosen.matrix.rows, n_tokens);
     }
 }
 
@@ -127,12 +130,12 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
 //
 // `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, and how it is
 // multiplied. All matrices have the same columns.
-template <class Of, int TOKEN_TILES>
+template <class Of, int WARPS, int TOKEN_TILES>
 DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const u32* parts, u32 n_tokens) {
     const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];
     if (Of::is_plain(all.of[0], begin, end)) {
-        stream_steps<Of, TOKEN_TILES, true>(all, x, begin, end, n_tokens);
+        stream_steps<Of, WARPS, TOKEN_TILES, true>(all, x, begin, end, n_tokens);
     } else {
-        stream_steps<Of, TOKEN_TILES, false>(all, x, begin, end, n_tokens);
+        stream_steps<Of, WARPS, TOKEN_TILES, false>(all, x, begin, end, n_tokens);
     }
 }

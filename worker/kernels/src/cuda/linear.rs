@@ -2,7 +2,7 @@
 
 use super::activations::{self, Activations, Forms, Making, RUN, TOKEN_TILE};
 use super::device::Gemm;
-use super::kernels::{self, Linear, WARPS};
+use super::kernels::{self, FEW_THREADS, Linear, MANY_THREADS, PACK_WARPS};
 use super::launch::{Arguments, Geometry, Kernel, Words};
 use super::matrix::{Matrix, STEP, Weights};
 use super::memory::Buffer;
@@ -15,13 +15,13 @@ const FEW_TOKENS: usize = TOKEN_TILE;
 const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// The most tokens that kernels of this crate take where cublasLt could: with weights of bf16, which
 /// it takes as they are, and with integers, which are first turned to bf16.
-const MOST_DENSE_TOKENS: usize = 32;
-const MOST_INTEGER_TOKENS: usize = 64;
+const MOST_DENSE_TOKENS: usize = 8;
+const MOST_INTEGER_TOKENS: usize = 48;
 /// Floats of a warp's ring, and of a stage at most: of eight bits (`stream.cu`, `quantised.cu`).
-const RING: usize = 4 * 512;
+const RING: usize = 4 * 288;
 const STAGE: usize = 4 * 136;
 /// Blocks that a multiprocessor has room for, of few tokens and of many.
-const FEW_BLOCKS: usize = 3;
+const FEW_BLOCKS: usize = 2;
 const MANY_BLOCKS: usize = 2;
 /// Matrices that one launch takes.
 const MOST_MATRICES: usize = 3;
@@ -259,21 +259,28 @@ fn tiles(made: Making<'_>, kernel: Kernel, projections: &[Projection<'_>]) -> Re
         .memory(&parts.on_device)
         .number(made.n_tokens);
     let device = projections[0].out.device();
-    let blocks = if made.n_tokens <= FEW_TOKENS { FEW_BLOCKS } else { MANY_BLOCKS };
-    let n_blocks = blocks * device.driver().n_multiprocessors();
-    let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_blocks);
+    let n_multiprocessors = device.driver().n_multiprocessors();
+    let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_multiprocessors);
     // SAFETY: planes of the weights' own shapes, rows of bf16 padded to whole tiles; activations of
     // their columns, made; outputs of the asserted sizes.
     unsafe { launch(device, kernel, geometry, arguments) }
 }
 
 /// Blocks of a kernel on tensor cores: as many for the tiles as there is room for side by side.
-fn tile_grid(n_tiles: usize, n_tokens: usize, n_parts: usize, n_blocks: usize) -> Geometry {
-    let of_block = if n_tokens <= FEW_TOKENS { FEW_TOKENS } else { MANY_TOKENS };
+fn tile_grid(
+    n_tiles: usize,
+    n_tokens: usize,
+    n_parts: usize,
+    n_multiprocessors: usize,
+) -> Geometry {
+    let (of_block, n_threads, n_blocks) = match n_tokens <= FEW_TOKENS {
+        true => (FEW_TOKENS, FEW_THREADS, FEW_BLOCKS),
+        false => (MANY_TOKENS, MANY_THREADS, MANY_BLOCKS),
+    };
     let n_groups = n_tokens.div_ceil(of_block);
-    let n_sharing = n_blocks.div_ceil((n_groups * n_parts).max(1));
+    let n_sharing = (n_blocks * n_multiprocessors).div_ceil((n_groups * n_parts).max(1));
     let geometry = Geometry::new(n_tiles.min(n_sharing), n_groups, n_parts);
-    geometry.shared_floats(WARPS * (RING + TOKEN_TILE * TILE_ROWS))
+    geometry.shared_floats(n_threads / 32 * (RING + TOKEN_TILE * TILE_ROWS))
 }
 
 fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result<(), Error> {
@@ -290,7 +297,7 @@ fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result
         .number(weight.rows)
         .number(weight.columns)
         .number(made.n_tokens);
-    let geometry = Geometry::new(weight.rows.div_ceil(WARPS), made.n_tokens, parts.len());
+    let geometry = Geometry::new(weight.rows.div_ceil(PACK_WARPS), made.n_tokens, parts.len());
     // SAFETY: `[rows, columns]` of the kernel's number; an input and an output as asserted.
     unsafe { launch(out.device(), kernel, geometry, arguments) }
 }
@@ -318,8 +325,8 @@ fn gemms(made: Making<'_>, scratch: &Scratch, projection: Projection<'_>) -> Res
                     .number(first / TILE_ROWS);
                 let n_steps = (columns / RUN).div_ceil(STEP);
                 let n_tiles = these.len().div_ceil(TILE_ROWS);
-                let geometry = Geometry::new(n_steps.div_ceil(WARPS), n_tiles, 1);
-                let geometry = geometry.shared_floats(WARPS * STAGE);
+                let geometry = Geometry::new(n_steps.div_ceil(PACK_WARPS), n_tiles, 1);
+                let geometry = geometry.shared_floats(PACK_WARPS * STAGE);
                 // SAFETY: whole tiles of the weight, for which the scratch has room.
                 unsafe { launch(out.device(), kernel, geometry, arguments) }?;
                 gemm(made, scratch.bf16.address(), these, projection)?;
@@ -386,10 +393,10 @@ pub fn embed(
     };
     let kernel = kernels::of_format(table.format).embed;
     let n_shares = match &table.weights {
-        Weights::Quantised(_) => (table.columns / RUN).div_ceil(STEP).div_ceil(WARPS),
+        Weights::Quantised(_) => (table.columns / RUN).div_ceil(STEP).div_ceil(PACK_WARPS),
         Weights::Halves(_) | Weights::Floats(_) => 1,
     };
-    let geometry = Geometry::new(tokens.len, n_shares, 1).shared_floats(WARPS * STAGE);
+    let geometry = Geometry::new(tokens.len, n_shares, 1).shared_floats(PACK_WARPS * STAGE);
     // SAFETY: blocks of a token; the kernel looks at no row that the table does not hold.
     unsafe { launch(out.device(), kernel, geometry, arguments) }
 }
@@ -410,16 +417,16 @@ mod tests {
 
     #[test]
     fn blocks_cover_tiles_tokens_and_parts() {
-        for (n_tiles, n_tokens, n_parts, grid) in [
-            (256, 1, 1, [256, 1, 1]),
-            (257, 8, 2, [132, 1, 2]),
-            (1, 9, 1, [1, 1, 1]),
-            (100, 33, 3, [44, 2, 3]),
-            (0, 5, 1, [0, 1, 1]),
+        for (n_tiles, n_tokens, n_parts, n_warps, grid) in [
+            (256, 1, 1, 12, [256, 1, 1]),
+            (257, 8, 2, 12, [132, 1, 2]),
+            (1, 9, 1, 8, [1, 1, 1]),
+            (100, 33, 3, 8, [44, 2, 3]),
+            (0, 5, 1, 12, [0, 1, 1]),
         ] {
-            let geometry = tile_grid(n_tiles, n_tokens, n_parts, 264);
+            let geometry = tile_grid(n_tiles, n_tokens, n_parts, 132);
             assert_eq!(geometry.grid, grid, "{n_tiles} {n_tokens} {n_parts}");
-            assert_eq!(geometry.shared_bytes, 8 * (512 * 16 + 8 * 16 * 4));
+            assert_eq!(geometry.shared_bytes, n_warps * (288 * 16 + 8 * 16 * 4));
         }
     }
 }
