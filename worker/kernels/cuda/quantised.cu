@@ -8,7 +8,8 @@
 // not depend on how many tokens there are.
 
 #define STEP 4 // runs
-#define PACK_THREADS 256 // of kernels that look at each step once
+// Of kernels that look at each step once.
+#define PACK_THREADS 256
 #define PACK_WARPS 8
 
 // How scale and min of a run are kept; `blocks.rs` has the same.
