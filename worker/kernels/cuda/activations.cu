@@ -12,8 +12,8 @@
 
 // Where they go. Null is what nobody reads.
 struct Made {
-    // [token][run, padded to whole steps][t of 0 to 3] four words, the pairs of columns (4t, 4t + 2), (4t + 1, 4t + 3) and the same of 16 + 4t..:
-    // `quantised.cu` takes weights apart in this order.
+    // [token][run, padded to whole steps][t of 0 to 3] four words, the pairs of columns (4t, 4t + 2), (4t + 1, 4t + 3) and
+    // the same of 16 + 4t..: `quantised.cu` takes weights apart in this order.
     uint2* halves;
     float* scales; // [step][padded tokens], 2^24 times the scale: `quantised.cu` takes integers u for u * 2^-24
     // [half a run][padded tokens]: 2^-4 times the sum of its f16 numbers, as two f16 numbers whose sum it is to 22 bits.
@@ -45,7 +45,8 @@ DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v,
     for (int mask = 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
     const u32 n_steps = (to.columns + 127) / 128, run = step * 4 + lane / 8, four = lane % 8, n_padded = padded(to.n_tokens);
     if (!is_there) return;
-    to.halves[((((u64)token * n_steps * 4) + run) * 4 + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
+    const u64 of_run = ((u64)token * n_steps * 4 + run) * 4;
+    to.halves[(of_run + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
     if (lane % 4 == 0) {
         total *= 0.0625f;
         const u16 high = float_to_half(total);

@@ -344,11 +344,7 @@ attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions,
 
 // Four neighbouring columns of a key.
 DEVICE float4 four_of(const Kept* at) {
-#if KV_FORMAT == 0
-    const uint2 bits = *(const uint2*)at;
-    return {half_to_float((u16)bits.x), half_to_float((u16)(bits.x >> 16)), half_to_float((u16)bits.y),
-            half_to_float((u16)(bits.y >> 16))};
-#elif KV_FORMAT == 1
+#if KV_FORMAT == 1
     return *(const float4*)at;
 #else
     const u32 bits = *(const u32*)at;

@@ -1,7 +1,6 @@
-// Weights in floats. Of bf16: rows [rows, columns] as in the file, padded with zeros to sixteen rows;
-// activations as two bf16 numbers each, the second holding what the first lost, so that a product is as good as one in f32
-// with weights of bf16; on tensor cores, for few tokens. Many tokens go to cublasLt. Of f16 and f32: plain multiplications,
-// for what is small.
+// Weights in floats. Of bf16: rows [rows, columns] as in the file, padded with zeros to sixteen rows; activations as two bf16
+// numbers each, so that a product is as good as one in f32 with weights of bf16; on tensor cores, for few tokens. Many tokens
+// go to cublasLt. Of f16 and f32: plain multiplications, for what is small.
 
 // A matrix of bf16.
 struct Dense {
@@ -87,10 +86,14 @@ struct OfBf16Rows {
 };
 
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
-linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, FEW_WARPS, 1>(all, x, parts, n_tokens); }
+linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
+    stream<OfBf16Rows, FEW_WARPS, 1>(all, x, parts, n_tokens);
+}
 
 KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)
-linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) { stream<OfBf16Rows, MANY_WARPS, 4>(all, x, parts, n_tokens); }
+linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
+    stream<OfBf16Rows, MANY_WARPS, 4>(all, x, parts, n_tokens);
+}
 
 struct OfF32 {
     typedef float Number;

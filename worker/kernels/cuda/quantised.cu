@@ -227,8 +227,9 @@ DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, const 
         }
     }
     // The offsets: lane t holds the halves t and 4 + t of the step's eight, of runs t / 2 and 2 + t / 2.
-    const u32 low_word = SCALES == MIN ? (t < 2 ? words[0].y : words[0].w) : t < 2 ? words[0].x : words[0].y;
-    const u32 high_word = SCALES == MIN ? (t < 2 ? words[SCALES == MIN].y : words[SCALES == MIN].w) : t < 2 ? words[0].z : words[0].w;
+    constexpr int SECOND = SCALES == MIN; // of MIN the second pair's words
+    u32 low_word = t < 2 ? words[0].x : words[0].y, high_word = t < 2 ? words[0].z : words[0].w;
+    if (SCALES == MIN) low_word = t < 2 ? words[0].y : words[0].w, high_word = t < 2 ? words[SECOND].y : words[SECOND].w;
     u32 low[2], high[2];
     float d[2], by[2];
 #pragma unroll
@@ -285,7 +286,8 @@ DEVICE void multiply_any_step(float sums[TOKEN_TILES][4], const uint4* stage, co
             const u32 word = scales_word<BITS, SCALES>(stage, i, true, g);
             const bool is_mine = t / 2 == (u32)i % 2;
             const u32 total = is_mine ? x.totals[(u64)(run * 2 + t % 2) * n_padded + first_token + 8 * n + g] : 0;
-            const u32 one = is_mine ? offset_of<SCALES>(word, t % 2, 0) : 0, other = is_mine ? offset_of<SCALES>(word, t % 2, 1) : 0;
+            const u32 one = is_mine ? offset_of<SCALES>(word, t % 2, 0) : 0;
+            const u32 other = is_mine ? offset_of<SCALES>(word, t % 2, 1) : 0;
             float offset[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             mma_f16(offset, one, other, 0, 0, total, 0);
             uint2 super = {0, 0};
@@ -339,7 +341,8 @@ DEVICE void floats_of(const uint4* stage, int i, u32 first, u32 lane, float out[
     if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, first, i, g);
     for (int row = 0; row < 2; row++) {
         const u32 mins = scales_word<BITS, SCALES>(stage, i, true, g);
-        const float min = SCALES == MIN ? half_of(mins, row) : SCALES == SUPER ? -(half_of(super.y, row) * (float)(u8)(mins >> (16 + 8 * row))) : 0.0f;
+        const float min =
+            SCALES == MIN ? half_of(mins, row) : -(half_of(super.y, row) * (float)(u8)(mins >> (16 + 8 * row)));
         for (int j = 0; j < 8; j++) {
             // Columns 0 to 3 of either half are the first of pair 0, the first of pair 1, the second of pair 0, ...
             const u32 word = f.pairs[row][j / 4 * 2 + j % 2];
