@@ -107,7 +107,7 @@ gpu-bench: release
 	$(CARGO) build --release -p evener-worker --example cuda
 	@$(EVENER) doctor --device cuda:$(CARD) || { echo "make gpu-bench needs an NVIDIA card; nothing was run" >&2; exit 1; }
 	$(TARGET)/release/examples/cuda --card $(CARD) $(ARGS)
-	@CUDA_VISIBLE_DEVICES=$(CARD) scripts/bench-torch --compile || [ $$? = 2 ]
+	@CUDA_VISIBLE_DEVICES=$(CARD) $(PYTHON) scripts/bench-torch --compile || [ $$? = 2 ]
 
 clean:
 	$(CARGO) clean

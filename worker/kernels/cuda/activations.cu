@@ -5,6 +5,8 @@
 // largest to 2^14 and above. For weights of bf16: two bf16 numbers each, the second holding what the first lost.
 
 #define RUN 32
+#define STEP 4 // runs that share a scale
+#define STEP_COLUMNS (STEP * RUN) // four for each lane of a warp
 #define MAKE_THREADS 128
 #define NORM_THREADS 512
 // Stretches of NORM_THREADS * 4 columns whose numbers a thread of `rms_norm` keeps.
@@ -26,11 +28,10 @@ struct Made {
 // Tokens of planes by run: a whole number of tensor tiles. What is beyond the tokens is unknown.
 DEVICE u32 padded(u32 n_tokens) { return (n_tokens + 7) / 8 * 8; }
 
-// The exponent of the power of two that is above |x|, as floats have it; of a step with such a largest.
-DEVICE u32 exponent_of(float x) { return bits_of(x) >> 23 & 255u; }
+DEVICE u32 steps_of(u32 columns) { return (columns + STEP_COLUMNS - 1) / STEP_COLUMNS; }
 
-// Four columns of a step, the `lane`-th four; four neighbouring lanes are here. `exponent`: of the step's largest.
-// `is_finite`: all of it.
+// Four columns of a step, the `lane`-th four; four neighbouring lanes are here. `exponent`: of the step's largest, e + 127
+// where that is from 2^e to 2^(e + 1). `is_finite`: all of it.
 DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v, u32 exponent, bool is_finite, bool is_there) {
     // A step below 2^-102 is taken as zeros; what holds a number that is none has a scale that is none.
     const bool is_zero = !is_finite || exponent < 25;
@@ -43,9 +44,9 @@ DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v,
         total += half_to_float(half[i]);
     }
     for (int mask = 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-    const u32 n_steps = (to.columns + 127) / 128, run = step * 4 + lane / 8, four = lane % 8, n_padded = padded(to.n_tokens);
     if (!is_there) return;
-    const u64 of_run = ((u64)token * n_steps * 4 + run) * 4;
+    const u32 run = step * STEP + lane / 8, four = lane % 8, n_padded = padded(to.n_tokens);
+    const u64 of_run = ((u64)token * steps_of(to.columns) * STEP + run) * 4;
     to.halves[(of_run + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
     if (lane % 4 == 0) {
         total *= 0.0625f;
@@ -73,7 +74,7 @@ DEVICE void make_floats(const Made& to, u64 at, float4 v) {
 
 // Four columns of a step, the `lane`-th four; all lanes of a warp are here, and hold the step.
 DEVICE void make(const Made& to, u32 token, u32 step, u32 lane, float4 v, bool is_there) {
-    if (is_there) make_floats(to, (u64)token * to.columns + step * 128 + lane * 4, v);
+    if (is_there) make_floats(to, (u64)token * to.columns + step * STEP_COLUMNS + lane * 4, v);
     if (!to.halves) return;
     const float of_lane[4] = {v.x, v.y, v.z, v.w};
     float largest = 0.0f, poison = 0.0f;
@@ -84,7 +85,7 @@ DEVICE void make(const Made& to, u32 token, u32 step, u32 lane, float4 v, bool i
     largest = warp_max(largest);
     poison = warp_sum(poison);
     // What is beyond the columns of the last step is zeros.
-    make_halves(to, token, step, lane, v, exponent_of(largest), poison == 0.0f, step < (to.columns + 127) / 128);
+    make_halves(to, token, step, lane, v, bits_of(largest) >> 23, poison == 0.0f, step < steps_of(to.columns));
 }
 
 // Of rows of `in`, [..][columns]: those that `rows` names, or each, where it is null. Grid: 512 columns, tokens.

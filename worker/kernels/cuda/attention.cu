@@ -1,16 +1,8 @@
 // Attention over the paged cache (cache.cu): `attend` for few rows of long sequences, whose parts it spreads over blocks,
 // and `merge_attended` which adds them; `attend_tiles` for many rows of one sequence. Of a cache in f16 on tensor cores.
 
-// Positions that a block of `attend` takes at once, and query heads that read one KV head together.
-#if KV_FORMAT == 0
-#define ATTEND_THREADS 128
-#define SPLIT 64
-#else
-#define ATTEND_THREADS 256
-#define SPLIT 256
-#endif
+// Query heads that read one KV head together.
 #define GROUP 8
-#define ATTEND_WARPS (ATTEND_THREADS / 32)
 #define CHUNKS (HEAD_DIM / 32)
 #define MINUS_INFINITY float_of(0xff800000u)
 // Numbers of a part: the values' sums, the largest score, the sum of weights, and two that are nothing.
@@ -25,8 +17,47 @@ struct Item {
 
 #if KV_FORMAT == 0
 
+#define ATTEND_THREADS 128
+#define ATTEND_WARPS (ATTEND_THREADS / 32)
+// Positions that a block of `attend` takes at once: a KV block a warp.
+#define SPLIT (ATTEND_WARPS * BLOCK_LEN)
 // Scores here are of base 2: queries come with a scale that log2(e) is part of.
 #define LOG2_E 1.44269504f
+
+// What lanes take of a KV block. Of lane 4g + t: keys of the positions 4(g/2) + g%2 and two on, of 32 columns 8t to 8t + 7;
+// values of columns 8n + g, positions 4t to 4t + 3. So a tile of scores, whose rows or columns are positions in this order,
+// gives a lane the weights of neighbours among the values.
+struct KvBlock {
+    uint4 keys[2][CHUNKS];
+    uint2 values[HEAD_DIM / 8];
+};
+
+DEVICE u32 position_of(u32 g) { return g / 2 * 4 + g % 2; }
+
+DEVICE KvBlock read_block(u8* cache, u32 page, u32 lane) {
+    const u32 g = lane / 4, t = lane % 4;
+    const uint4* keys = (const uint4*)keys_of(cache, page);
+    const uint2* values = (const uint2*)values_of(cache, page);
+    KvBlock block;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        for (int c = 0; c < CHUNKS; c++) block.keys[n][c] = keys[(position_of(g) + 2 * n) * (HEAD_DIM / 8) + c * 4 + t];
+    }
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++) block.values[n] = values[(n * 8 + g) * (BLOCK_LEN / 4) + t];
+    return block;
+}
+
+// Values of a block of which `n_there` positions are known: the others are taken as zeros, whatever lies there.
+DEVICE uint2 known_of(uint2 values, u32 n_there, u32 t) {
+    if (n_there < BLOCK_LEN) {
+        if (4 * t >= n_there) values.x = 0;
+        if (4 * t + 1 >= n_there) values.x &= 0xffffu;
+        if (4 * t + 2 >= n_there) values.y = 0;
+        if (4 * t + 3 >= n_there) values.y &= 0xffffu;
+    }
+    return values;
+}
 
 // Attention of up to eight query vectors, the other way round: scores are [position][vector] and sums [column][vector], so
 // that no tensor core multiplies rows that are not there. Of lane 4g + t: vectors 2t and 2t + 1.
@@ -50,30 +81,20 @@ DEVICE void start_few(AttendingFew& at, const float* from, float scale, u32 t) {
 }
 
 // One KV block, which begins at `first_position`, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022). Vectors
-// see positions up to `last`, at least the first. Rows of scores g and g + 8 are positions 4(g/2) + g%2 and two on: so a
-// lane's weights are of neighbours among the values.
+// see positions up to `last`, at least the first.
 DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_position, u32 last, u32 lane) {
-    const u32 g = lane / 4, t = lane % 4, at_g = g / 2 * 4 + g % 2;
-    const uint4* keys = (const uint4*)keys_of(cache, page);
-    const uint2* values = (const uint2*)values_of(cache, page);
-    uint4 key[2][CHUNKS];
-    uint2 value[HEAD_DIM / 8];
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-        for (int c = 0; c < CHUNKS; c++) key[n][c] = keys[(at_g + 2 * n) * (HEAD_DIM / 8) + c * 4 + t];
-    }
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) value[n] = values[(n * 8 + g) * (BLOCK_LEN / 4) + t];
-    float scores[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // positions at_g and two on
+    const u32 g = lane / 4, t = lane % 4, n_there = last + 1 - first_position;
+    KvBlock block = read_block(cache, page, lane);
+    float scores[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        const uint4 k = key[0][c], k_2 = key[1][c];
+        const uint4 k = block.keys[0][c], k_2 = block.keys[1][c];
         mma_f16(scores, k.x, k_2.x, k.y, k_2.y, at.queries[2 * c][0], at.queries[2 * c][1]);
         mma_f16(scores, k.z, k_2.z, k.w, k_2.w, at.queries[2 * c + 1][0], at.queries[2 * c + 1][1]);
     }
     float higher[2], worth[2];
     for (int i = 0; i < 4; i++) {
-        if (first_position + at_g + i / 2 * 2 > last) scores[i] = MINUS_INFINITY; // unknown, and may be no number
+        if (position_of(g) + i / 2 * 2 >= n_there) scores[i] = MINUS_INFINITY; // unknown, and may be no number
     }
     for (int i = 0; i < 2; i++) {
         higher[i] = fmaxf(at.top[i], fmaxf(scores[i], scores[2 + i]));
@@ -91,23 +112,16 @@ DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_po
     }
     const u32 weights[2] = {transpose(pair(float_to_half(scores[0]), float_to_half(scores[1]))),
                             transpose(pair(float_to_half(scores[2]), float_to_half(scores[3])))};
-    const u32 n_there = last + 1 - first_position;
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) {
-        if (n_there < BLOCK_LEN) { // unknown values are taken as zeros
-            if (4 * t >= n_there) value[n].x = 0;
-            if (4 * t + 1 >= n_there) value[n].x &= 0xffffu;
-            if (4 * t + 2 >= n_there) value[n].y = 0;
-            if (4 * t + 3 >= n_there) value[n].y &= 0xffffu;
-        }
-    }
+    for (int n = 0; n < HEAD_DIM / 8; n++) block.values[n] = known_of(block.values[n], n_there, t);
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 16; c++) {
-        mma_f16(at.sums[c], value[2 * c].x, value[2 * c + 1].x, value[2 * c].y, value[2 * c + 1].y, weights[0], weights[1]);
+        const uint2 v = block.values[2 * c], v_2 = block.values[2 * c + 1];
+        mma_f16(at.sums[c], v.x, v_2.x, v.y, v_2.y, weights[0], weights[1]);
     }
 }
 
-// Of each item and query head of the KV head: the largest score, the sum of e^(score - largest), and the values' sum with
+// Of each item and query head of the KV head: the largest score, the sum of 2^(score - largest), and the values' sum with
 // those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
 // the last end. `tables`: KV blocks of each sequence. `parts`: [item][head][PART].
 //
@@ -180,28 +194,25 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
     }
 }
 
-// Attention of sixteen query vectors, as a warp holds it.
-// Vectors g and g + 8 of lane 4g + t; columns 8n + 2t and the one after it.
+// Attention of sixteen query vectors, as a warp holds it. Of lane 4g + t: vectors g and g + 8, columns 8n + 2t and the one
+// after it.
 struct Attending {
     u32 queries[HEAD_DIM / 16][4]; // f16; of 32 columns lane t has 8t to 8t + 7
     float sums[HEAD_DIM / 8][4];
     float top[2], total[2]; // the largest score so far, and this lane's share of the sum of weights
 };
 
-// `from`: where the vectors g and g + 8 begin, null for zeros.
+// `from`: where the vectors g and g + 8 begin.
 DEVICE void start(Attending& at, const float* const from[2], float scale, u32 t) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         for (int row = 0; row < 2; row++) {
-            float4 v[2] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
-            if (from[row]) {
-                for (int i = 0; i < 2; i++) v[i] = ((const float4*)(from[row] + c * 32))[t * 2 + i];
-            }
             for (int i = 0; i < 2; i++) {
+                const float4 v = ((const float4*)(from[row] + c * 32))[t * 2 + i];
                 at.queries[2 * c + i][row] =
-                    pair(float_to_half_saturated(v[i].x * scale), float_to_half_saturated(v[i].y * scale));
+                    pair(float_to_half_saturated(v.x * scale), float_to_half_saturated(v.y * scale));
                 at.queries[2 * c + i][2 + row] =
-                    pair(float_to_half_saturated(v[i].z * scale), float_to_half_saturated(v[i].w * scale));
+                    pair(float_to_half_saturated(v.z * scale), float_to_half_saturated(v.w * scale));
             }
         }
     }
@@ -215,26 +226,15 @@ DEVICE void start(Attending& at, const float* const from[2], float scale, u32 t)
 // One KV block, which begins at `first_position` and of which `n_there` positions are known. Vectors see positions up to
 // `last`, at least one of the blocks so far.
 DEVICE void attend_block(Attending& at, u8* cache, u32 page, u32 first_position, u32 n_there, const u32 last[2], u32 lane) {
-    const u32 g = lane / 4, t = lane % 4;
-    // Column g of the first tile of scores is position 4(g/2) + g%2, of the second two positions on: so a lane gets the
-    // scores of positions 4t to 4t + 3, which are neighbours among the values.
-    const uint4* keys = (const uint4*)keys_of(cache, page);
-    const uint2* values = (const uint2*)values_of(cache, page);
-    uint4 key[2][CHUNKS];
-    uint2 value[HEAD_DIM / 8];
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-        for (int c = 0; c < CHUNKS; c++) key[n][c] = keys[(g / 2 * 4 + g % 2 + 2 * n) * (HEAD_DIM / 8) + c * 4 + t];
-    }
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) value[n] = values[(n * 8 + g) * (BLOCK_LEN / 4) + t];
+    const u32 t = lane % 4;
+    const KvBlock block = read_block(cache, page, lane);
     float scores[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const u32 *first = at.queries[2 * c], *second = at.queries[2 * c + 1];
         for (int n = 0; n < 2; n++) {
-            mma_f16(scores[n], first[0], first[1], first[2], first[3], key[n][c].x, key[n][c].y);
-            mma_f16(scores[n], second[0], second[1], second[2], second[3], key[n][c].z, key[n][c].w);
+            mma_f16(scores[n], first[0], first[1], first[2], first[3], block.keys[n][c].x, block.keys[n][c].y);
+            mma_f16(scores[n], second[0], second[1], second[2], second[3], block.keys[n][c].z, block.keys[n][c].w);
         }
     }
     float higher[2] = {at.top[0], at.top[1]};
@@ -269,22 +269,8 @@ DEVICE void attend_block(Attending& at, u8* cache, u32 page, u32 first_position,
     }
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; n++) {
-        u32 low = value[n].x, high = value[n].y;
-        if (n_there < BLOCK_LEN) { // unknown values are taken as zeros
-            if (4 * t >= n_there) low = 0;
-            if (4 * t + 1 >= n_there) low &= 0xffffu;
-            if (4 * t + 2 >= n_there) high = 0;
-            if (4 * t + 3 >= n_there) high &= 0xffffu;
-        }
-        mma_f16(at.sums[n], weights[0], weights[1], weights[2], weights[3], low, high);
-    }
-}
-
-// To the sums of weights over all lanes of a vector.
-DEVICE void finish(Attending& at) {
-    for (int i = 0; i < 2; i++) {
-        at.total[i] += shuffle_xor(at.total[i], 1);
-        at.total[i] += shuffle_xor(at.total[i], 2);
+        const uint2 v = known_of(block.values[n], n_there, t);
+        mma_f16(at.sums[n], weights[0], weights[1], weights[2], weights[3], v.x, v.y);
     }
 }
 
@@ -329,7 +315,10 @@ attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions,
         if ((block + 1) * BLOCK_LEN < context) page = table[block + 1];
         attend_block(at, cache, this_page * n_kv_heads + kv_head, block * BLOCK_LEN, n_there, last, lane);
     }
-    finish(at);
+    for (int i = 0; i < 2; i++) {
+        at.total[i] += shuffle_xor(at.total[i], 1);
+        at.total[i] += shuffle_xor(at.total[i], 2);
+    }
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; n++) {
         for (int i = 0; i < 2; i++) {
@@ -342,6 +331,11 @@ attend_tiles(const float* q, u8* cache, const Tile* tiles, const u32* positions,
 
 #else
 
+#define PLAIN_THREADS 256
+#define PLAIN_WARPS (PLAIN_THREADS / 32)
+// Positions that a block takes at once: 32 a warp.
+#define PLAIN_SPLIT 256
+
 // Four neighbouring columns of a key.
 DEVICE float4 four_of(const Kept* at) {
 #if KV_FORMAT == 1
@@ -353,18 +347,18 @@ DEVICE float4 four_of(const Kept* at) {
 #endif
 }
 
-// As above, of a cache that tensor cores do not read.
+// As `attend`, of a cache that tensor cores do not read; scores are of base e.
 //
-// Shared: queries [GROUP][HEAD_DIM], scores [GROUP][SPLIT], a place for sums [ATTEND_WARPS][HEAD_DIM], of GROUP the
+// Shared: queries [GROUP][HEAD_DIM], scores [GROUP][PLAIN_SPLIT], a place for sums [PLAIN_WARPS][HEAD_DIM], of GROUP the
 // largest, the sum and what the last largest is worth.
-KERNEL_AT_LEAST(ATTEND_THREADS, 1)
+KERNEL_AT_LEAST(PLAIN_THREADS, 1)
 attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
              u32 n_kv_heads, float scale) {
     depend();
     float* queries = (float*)shared_memory();
     float* scores = queries + GROUP * HEAD_DIM;
-    float* place = scores + GROUP * SPLIT;
-    float* largest = place + ATTEND_WARPS * HEAD_DIM;
+    float* place = scores + GROUP * PLAIN_SPLIT;
+    float* largest = place + PLAIN_WARPS * HEAD_DIM;
     float *sums = largest + GROUP, *worth = sums + GROUP;
     const Item item = items[blockIdx.x];
     const u32 first_split = item.splits & 0xffffu, n_splits = item.splits >> 16;
@@ -376,7 +370,7 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, co
         const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
         const float* from = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
         block_sync();
-        for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += ATTEND_THREADS) {
+        for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += PLAIN_THREADS) {
             queries[i] = i < n_queries * HEAD_DIM ? from[i] * scale : 0.0f;
         }
         if (threadIdx.x < GROUP) {
@@ -391,7 +385,7 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, co
             block_sync();
             // Scores. Eight lanes a position, each with four columns of every 32.
             for (u32 i = 0; i < 32; i += 4) {
-                const u32 within = warp * 32 + i + lane / 8, position = split * SPLIT + within;
+                const u32 within = warp * 32 + i + lane / 8, position = split * PLAIN_SPLIT + within;
                 const bool is_there = position < context;
                 float dots[GROUP];
                 for (int j = 0; j < GROUP; j++) dots[j] = 0.0f;
@@ -413,19 +407,19 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, co
                 }
                 for (int j = 0; j < GROUP; j++) {
                     for (int mask = 4; mask > 0; mask /= 2) dots[j] += shuffle_xor(dots[j], mask);
-                    if (lane % 8 == 0) scores[j * SPLIT + within] = is_there ? dots[j] * key_scale : MINUS_INFINITY;
+                    if (lane % 8 == 0) scores[j * PLAIN_SPLIT + within] = is_there ? dots[j] * key_scale : MINUS_INFINITY;
                 }
             }
             block_sync();
             // Warp j turns the scores of query j to weights.
             {
-                float* of_query = scores + warp * SPLIT;
+                float* of_query = scores + warp * PLAIN_SPLIT;
                 float top = MINUS_INFINITY;
-                for (u32 i = lane; i < SPLIT; i += 32) top = fmaxf(top, of_query[i]);
+                for (u32 i = lane; i < PLAIN_SPLIT; i += 32) top = fmaxf(top, of_query[i]);
                 const float before = largest[warp];
                 top = fmaxf(warp_max(top), before); // finite: the first position of a split is always there
                 float sum = 0.0f;
-                for (u32 i = lane; i < SPLIT; i += 32) {
+                for (u32 i = lane; i < PLAIN_SPLIT; i += 32) {
                     const float weight = exponential(of_query[i] - top);
                     of_query[i] = weight;
                     sum += weight;
@@ -444,14 +438,14 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, co
                 for (int c = 0; c < CHUNKS; c++) values[j][c] *= worth[j];
             }
             for (u32 b = 0; b < 2; b++) {
-                const u32 within = warp * 32 + b * BLOCK_LEN, position = split * SPLIT + within;
+                const u32 within = warp * 32 + b * BLOCK_LEN, position = split * PLAIN_SPLIT + within;
                 if (position >= context) break;
                 const u32 page = table[position / BLOCK_LEN] * n_kv_heads + kv_head;
                 // Of a block's last positions nothing is known yet, and 0 times what lies there may be no number.
                 const u32 n_there = min(BLOCK_LEN, context - position);
                 for (u32 first = 0; first < n_there; first += 4) {
                     float4 weights[GROUP];
-                    for (int j = 0; j < GROUP; j++) weights[j] = *(const float4*)(scores + j * SPLIT + within + first);
+                    for (int j = 0; j < GROUP; j++) weights[j] = *(const float4*)(scores + j * PLAIN_SPLIT + within + first);
 #if KV_FORMAT == 2
                     const float4 s = *(const float4*)(scales_of(cache, page) + BLOCK_LEN + first);
 #endif
@@ -480,9 +474,9 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, co
             block_sync();
             if ((u32)j >= n_queries) continue;
             float* part = parts + ((u64)blockIdx.x * n_heads + first_head + j) * PART;
-            for (u32 i = threadIdx.x; i < HEAD_DIM; i += ATTEND_THREADS) {
+            for (u32 i = threadIdx.x; i < HEAD_DIM; i += PLAIN_THREADS) {
                 float sum = 0.0f;
-                for (u32 w = 0; w < ATTEND_WARPS; w++) sum += place[w * HEAD_DIM + i];
+                for (u32 w = 0; w < PLAIN_WARPS; w++) sum += place[w * HEAD_DIM + i];
                 part[i] = sum;
             }
             if (threadIdx.x == 0) {
@@ -539,9 +533,9 @@ merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads)
     }
     const u32 four = head * (HEAD_DIM / 4) + threadIdx.x;
     if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
-    // A mean of values of f16: one scale does for all, 2.
+    // A mean of values of f16, below 2^16: one scale does for all, that of an exponent of 15.
     if (to.halves) {
         const float sum = v.x + v.y + v.z + v.w;
-        make_halves(to, row, four / 32, four % 32, v, 142, sum == sum, is_there);
+        make_halves(to, row, four / 32, four % 32, v, 127 + 15, sum == sum, is_there);
     }
 }

@@ -22,14 +22,6 @@ DEVICE Kept* values_of(u8* cache, u32 page) { return keys_of(cache, page) + PAGE
 // Of int8 only.
 DEVICE float* scales_of(u8* cache, u32 page) { return (float*)(values_of(cache, page) + PAGE_NUMBERS); }
 
-DEVICE float read_kept(Kept x) {
-#if KV_FORMAT == 0
-    return half_to_float(x);
-#else
-    return (float)x;
-#endif
-}
-
 #define ROPE_THREADS 128
 #define ROPE_HEADS (ROPE_THREADS / 32)
 // A slot that is none: rows that pad a step to its bucket write nothing.

@@ -7,7 +7,6 @@
 // step meets its token's scale. Warps take the steps of a tile in turn (`stream.cu`). The floats added, and their order, do
 // not depend on how many tokens there are.
 
-#define STEP 4 // runs
 // Of kernels that look at each step once.
 #define PACK_THREADS 256
 #define PACK_WARPS 8
@@ -44,8 +43,6 @@ struct Stage {
     static constexpr u32 SUPERS = SCALES == SUPER ? 4 : SCALES == HALVES ? 2 : 0; // of one super-block
     static constexpr u32 TOPS_AT = QUANTS, SCALES_AT = TOPS_AT + TOPS, SUPERS_AT = SCALES_AT + SCALES_;
     static constexpr u32 LEN = SUPERS_AT + 2 * SUPERS; // a step may begin in one super-block and end in the next
-    // All but the quants: what lane `at` of them takes, if they are counted through.
-    static constexpr u32 REST = LEN - QUANTS;
 };
 
 // Where a lane's share of a tile's next step lies. Steps of one warp are WARPS apart: an even number, so that all begin in
@@ -53,13 +50,13 @@ struct Stage {
 template <int BITS, int SCALES, int WARPS>
 struct IntegerCursor {
     typedef Stage<BITS, SCALES> At;
-    static constexpr int N_REST = (At::REST + 31) / 32;
+    static constexpr int N_REST = (At::LEN - At::QUANTS + 31) / 32; // of the other planes, counted through
     const uint4* quants;
     const uint4* rest[N_REST];
     u32 strides[N_REST]; // 0: nothing
 
     DEVICE_MEMBER void begin(const Quantised& w, u32 tile, u32 step, u32 lane) {
-        const u32 n_steps = (w.n_runs + STEP - 1) / STEP, first = w.first_run + step * STEP, super = first / 8;
+        const u32 n_steps = steps_of(w.n_runs * RUN), first = w.first_run + step * STEP, super = first / 8;
         quants = (const uint4*)w.quants + ((u64)tile * n_steps + step) * At::QUANTS + lane;
 #pragma unroll
         for (int i = 0; i < N_REST; i++) {
@@ -189,7 +186,7 @@ template <int BITS, int SCALES, int ZERO, int TOKEN_TILES>
 DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, const Made& x, u32 step, u32 first_token,
                           u32 n_tokens, u32 lane) {
     typedef Stage<BITS, SCALES> At;
-    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), n_steps = (x.columns / RUN + STEP - 1) / STEP;
+    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), n_steps = steps_of(x.columns);
     const uint4* b_of[TOKEN_TILES];
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) {
@@ -202,9 +199,10 @@ DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, const 
         for (int j = 0; j < 4; j++) of_step[n][j] = 0.0f;
     }
     // Of MIN [pair]: scale and min of one run, then of the other; else [run].
-    uint4 words[SCALES == MIN ? 2 : 1];
+    constexpr int SECOND = SCALES == MIN;
+    uint4 words[SECOND + 1];
     words[0] = stage[At::SCALES_AT + g];
-    if (SCALES == MIN) words[SCALES == MIN] = stage[At::SCALES_AT + 8 + g];
+    if (SCALES == MIN) words[SECOND] = stage[At::SCALES_AT + 8 + g];
 #pragma unroll
     for (int i = 0; i < STEP; i++) {
         const Fragment a = fragment_of<BITS, SCALES>(stage, i, lane);
@@ -227,7 +225,6 @@ DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, const 
         }
     }
     // The offsets: lane t holds the halves t and 4 + t of the step's eight, of runs t / 2 and 2 + t / 2.
-    constexpr int SECOND = SCALES == MIN; // of MIN the second pair's words
     u32 low_word = t < 2 ? words[0].x : words[0].y, high_word = t < 2 ? words[0].z : words[0].w;
     if (SCALES == MIN) low_word = t < 2 ? words[0].y : words[0].w, high_word = t < 2 ? words[SECOND].y : words[SECOND].w;
     u32 low[2], high[2];
@@ -265,7 +262,7 @@ DEVICE void multiply_step(float sums[TOKEN_TILES][4], const uint4* stage, const 
 template <int BITS, int SCALES, int ZERO, int TOKEN_TILES>
 DEVICE void multiply_any_step(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
                               u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
-    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), n_steps = (w.n_runs + STEP - 1) / STEP;
+    const u32 g = lane / 4, t = lane % 4, n_padded = padded(n_tokens), n_steps = steps_of(w.n_runs * RUN);
     const u32 first = (w.first_run + step * STEP) % 8;
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) {
@@ -417,22 +414,22 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
     }
 }
 
-#define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                   \
+#define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_8(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                               \
-        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, parts, n_tokens);                                             \
+    linear_##FORMAT##_8(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
+        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, parts, n_tokens);                                 \
     }                                                                                                                  \
-    KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                                 \
-    linear_##FORMAT##_32(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
-        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, parts, n_tokens);                                             \
-    }                                                                                                                  \
-    KERNEL(PACK_THREADS)                                                                                               \
-    to_bf16_##FORMAT(Quantised w, u16* out, u32 first_tile) {                                                           \
-        to_bf16<BITS, SCALES, ZERO>(w, out, first_tile);                                                                \
+    KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                         \
+    linear_##FORMAT##_32(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                             \
+        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, parts, n_tokens);                                \
     }                                                                                                                  \
     KERNEL(PACK_THREADS)                                                                                               \
-    embed_##FORMAT(Quantised w, const u32* tokens, float* out, u32 first_row) {                                         \
-        look_up<BITS, SCALES, ZERO>(w, tokens, out, first_row);                                                         \
+    to_bf16_##FORMAT(Quantised w, u16* out, u32 first_tile) {                                                          \
+        to_bf16<BITS, SCALES, ZERO>(w, out, first_tile);                                                               \
+    }                                                                                                                  \
+    KERNEL(PACK_THREADS)                                                                                               \
+    embed_##FORMAT(Quantised w, const u32* tokens, float* out, u32 first_row) {                                        \
+        look_up<BITS, SCALES, ZERO>(w, tokens, out, first_row);                                                        \
     }
 
 QUANTISED_KERNELS(q4_0, 4, PLAIN, 8)

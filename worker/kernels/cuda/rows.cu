@@ -1,5 +1,4 @@
-// Kernels that look at one row at a time, or at single numbers: sums of parts, rows taken by their numbers, and what is
-// largest in a row of logits.
+// Sums of parts, and what is largest in a row of logits.
 
 #define ROW_THREADS 256
 #define STRETCH 1024

@@ -5,8 +5,8 @@
 // memory alone.
 
 #define TILE_ROWS 16
-// Of kernels for up to eight tokens, and up to 32: warps, threads, and blocks that a multiprocessor shall have room for. (Of
-// an H200 these were the fastest of 8, 12 and 16 warps.)
+// Of kernels for up to eight tokens, and for more: warps, threads, and blocks that a multiprocessor shall have room for. (For
+// few tokens, 12 warps were the fastest of 8, 12 and 16 on an H200.)
 #define FEW_WARPS 12
 #define FEW_THREADS 384
 #define FEW_BLOCKS 2
@@ -47,10 +47,11 @@ DEVICE Chosen<Matrix> choose(const Several<Matrix>& all, u32 tile) {
     return {all.of[0], all.outs[0], tile};
 }
 
-// The sums of a block's warps, added in order, to out[part][token][row]. `sums` lie as products of tensor cores do.
+// The sums of a block's warps, added in order, to out[part][token][row]. `sums` lie as products of tensor cores do. `place` is
+// shared: [warp][token of eight][row].
 template <int WARPS, int TOKEN_TILES>
 DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, float* out, u32 tile, u32 rows, u32 n_tokens) {
-    const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4; // place: [warp][token][row] of 8 tokens
+    const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const u32 row_of_tile = threadIdx.x % TILE_ROWS, token_of_tile = threadIdx.x / TILE_ROWS;
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) {

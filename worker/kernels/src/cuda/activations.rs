@@ -3,15 +3,14 @@
 
 use super::launch::{Arguments, Geometry, Words};
 use super::linear::{Route, route};
-use super::matrix::Matrix;
+use super::matrix::{Matrix, STEP};
 use super::memory::Buffer;
 use super::rows::{assert_together, launch};
 use super::{Device, Error, View, kernels};
+use crate::quant::blocks::RUN;
 
-/// Columns of a run.
-pub(super) const RUN: usize = 32;
 /// Columns that share a scale.
-const STEP_COLUMNS: usize = 128;
+const STEP_COLUMNS: usize = STEP * RUN;
 /// Tokens of a tensor core's tile.
 pub(super) const TOKEN_TILE: usize = 8;
 /// Columns that a block of threads makes at a time.
@@ -22,7 +21,7 @@ const MAKE_COLUMNS: usize = 4 * kernels::MAKE_THREADS;
 pub struct Activations {
     max_tokens: usize,
     max_columns: usize,
-    pub(super) halves: Buffer<u16>, // [token][columns]
+    pub(super) halves: Buffer<u16>, // [token][columns, padded to whole steps]
     pub(super) scales: Buffer<f32>, // [step][padded tokens]
     pub(super) totals: Buffer<u32>, // [half a run][padded tokens]
     pub(super) first: Buffer<u16>,  // [token][columns], bf16

@@ -150,9 +150,8 @@ mod tests {
             let before = source[..at].rsplit('\n').next().expect("a line before it");
             let (_, arguments) = before.split_once('(').expect("KERNEL(threads) and its like");
             let constant = arguments.split([',', ')']).next().expect("the threads");
-            // ATTEND_THREADS has a second value, that of ATTEND_PLAIN.
             let said = constant.parse().unwrap_or_else(|_| threads_of(constant));
-            assert_eq!(said * if name == ATTEND_PLAIN.name { 2 } else { 1 }, threads, "{name}");
+            assert_eq!(said, threads, "{name}");
         }
         assert_eq!(n_written, source.matches("\nKERNEL").count(), "each kernel of the sources");
         assert!(of(attention::Format::Int8).contains(&ATTEND_PLAIN));

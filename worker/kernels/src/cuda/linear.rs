@@ -1,6 +1,6 @@
 //! Multiplying activations with weights, and looking up rows of a table.
 
-use super::activations::{self, Activations, Forms, Making, RUN, TOKEN_TILE};
+use super::activations::{self, Activations, Forms, Making, TOKEN_TILE};
 use super::device::Gemm;
 use super::kernels::{self, FEW_THREADS, Linear, MANY_THREADS, PACK_WARPS};
 use super::launch::{Arguments, Geometry, Kernel, Words};
@@ -9,6 +9,7 @@ use super::memory::Buffer;
 use super::rows::{assert_together, launch};
 use super::{Device, Error, View};
 use crate::matrix::TILE_ROWS;
+use crate::quant::blocks::RUN;
 
 /// Up to so many tokens a block takes one tile of tokens, beyond four.
 const FEW_TOKENS: usize = TOKEN_TILE;
@@ -17,7 +18,7 @@ const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// it takes as they are, and with integers, which are first turned to bf16.
 const MOST_DENSE_TOKENS: usize = 8;
 const MOST_INTEGER_TOKENS: usize = 48;
-/// Floats of a warp's ring, and of a stage at most: of eight bits (`stream.cu`, `quantised.cu`).
+/// Floats of a warp's ring, and of a step at most: of eight bits (`stream.cu`, `quantised.cu`).
 const RING: usize = 4 * 288;
 const STAGE: usize = 4 * 136;
 /// Blocks that a multiprocessor has room for, of few tokens and of many.
@@ -204,7 +205,8 @@ pub fn multiply(
     Ok(())
 }
 
-/// `Several` of the kernels.
+/// `Several` of the kernels: of each matrix up to six words, where it goes, and half a word for the
+/// tiles' beginnings and number.
 struct Several {
     words: [u64; MOST_MATRICES * 7 + 2],
     n: usize,

@@ -17,6 +17,7 @@ use evener_kernels::cuda::{Buffer, Device, Error as DeviceError, Graph, Shape, r
 use evener_kernels::peaks::n_peaks;
 
 use super::angles::Angles;
+use super::fusion;
 use super::graphs::{Choice, Graphs};
 use super::plan::{Bounds, Layout, Plan, Sizes};
 use super::step::Step;
@@ -145,7 +146,7 @@ impl Rank {
     ) -> Result<Self, DeviceError> {
         let program = &weights.program;
         let bounds = bounds(program, options, n_kv_blocks);
-        let places = places(program);
+        let places = fusion::places(program);
         let mut buffers = Vec::new();
         for (id, b) in program.buffers.iter().enumerate() {
             let n = b.n_parts * bounds.max_tokens * b.columns;
@@ -183,7 +184,7 @@ impl Rank {
             places,
             caches,
             prepared,
-            feeds: feeds(program),
+            feeds: fusion::feeds(program),
             merges_to_halves: shape.kv_format == KvFormat::F16,
             scratch,
             angles,
@@ -203,53 +204,6 @@ impl Rank {
     fn n_columns(&self) -> usize {
         self.weights.program.vocab.len()
     }
-}
-
-/// Where each buffer lies: the one part of a sum in the sum itself, if it is added as soon as it is
-/// made.
-fn places(program: &Program) -> Vec<usize> {
-    let mut places: Vec<usize> = (0..program.buffers.len()).collect();
-    for two in program.ops.windows(2) {
-        let [Op::LinearParts { out: made, .. }, Op::AllReduce { parts, out, .. }] = two else {
-            continue;
-        };
-        let is_one = program.buffers[parts.0].n_parts == 1;
-        if is_one
-            && made == parts
-            && program.buffers[parts.0].columns == program.buffers[out.0].columns
-        {
-            places[parts.0] = out.0;
-        }
-    }
-    places
-}
-
-fn feeds(program: &Program) -> Vec<Option<usize>> {
-    let reads = |op: &Op, id: BufferId| match op {
-        Op::Embed { .. } => false,
-        Op::Norm { residual, delta, .. } => *residual == id || *delta == Some(id),
-        Op::Linear { input, .. } | Op::LinearParts { input, .. } | Op::Head { input, .. } => {
-            *input == id
-        }
-        Op::RopeKv { q, k, v, .. } => [q, k, v].contains(&&id),
-        Op::Attention { q, .. } => *q == id,
-        Op::SiluGate { gate, up, .. } => *gate == id || *up == id,
-        Op::AllReduce { parts, .. } => *parts == id,
-    };
-    let makes = |op: &Op| match op {
-        Op::Norm { out, .. } | Op::Attention { out, .. } | Op::SiluGate { out, .. } => Some(*out),
-        _ => None,
-    };
-    let feeds = |(at, op): (usize, &Op)| {
-        let made = makes(op)?;
-        let mut after = program.ops[at + 1..].iter();
-        let next = after.next()?;
-        let is_linear = matches!(next, Op::Linear { .. } | Op::LinearParts { .. });
-        let mut until_made_again = after.take_while(|op| makes(op) != Some(made));
-        let is_alone = !until_made_again.any(|op| reads(op, made));
-        (is_linear && reads(next, made) && is_alone).then_some(at + 1)
-    };
-    program.ops.iter().enumerate().map(feeds).collect()
 }
 
 fn prepare(device: &Device, program: &Program, op: &Op) -> Result<Prepared, DeviceError> {
