@@ -1,7 +1,8 @@
 // The vocabulary of `device.cuh` on a processor: a block's threads are fibers of one thread of the system, so that every
 // kernel runs in tests, on machines without a card. Slow, and exact about what a card leaves open: each launch runs the
-// threads of a block in another order, so that a missing block_sync shows; shared memory starts as NaNs; a kernel that
-// reads or writes beyond its shared memory, or waits where others do not come, ends the process with a sentence.
+// threads of a block in another order, so that a missing block_sync shows; shared memory starts as NaNs, and copies to it
+// come only when they are waited for; a kernel that reads or writes beyond its shared memory, or waits where others do not
+// come, ends the process with a sentence.
 //
 // It shows that a kernel computes the right thing. It shows nothing about speed, nor about what a card's memory model
 // permits beyond block_sync and whole-warp exchanges.
@@ -56,11 +57,19 @@ struct Warp {
     u32 n_arrived = 0, n_meetings = 0;
 };
 
+// Sixteen bytes on their way to shared memory.
+struct Copy {
+    uint4* to;
+    const uint4* from;
+    u32 group;
+};
+
 struct Fiber {
     jmp_buf at;
     std::unique_ptr<u8[]> stack;
     Dim3 index;
-    u32 number = 0, n_exchanges = 0;
+    u32 number = 0, n_exchanges = 0, n_groups = 0;
+    std::vector<Copy> copies;
     bool is_done = false;
     Fiber* next = nullptr;
 };
@@ -200,6 +209,8 @@ inline void run(const Launch& launch, void (*body)(void*), void* arguments) {
         for (Fiber& fiber : fibers) {
             fiber.is_done = false;
             fiber.n_exchanges = 0;
+            fiber.n_groups = 0;
+            fiber.copies.clear();
         }
         made.n_live = fibers.size();
         made.n_arrived = made.n_meetings = made.n_idle_turns = 0;
@@ -255,10 +266,20 @@ DEVICE void warp_sync() {
     emulator::meet(mine.n_arrived, mine.n_meetings, 32);
 }
 
-DEVICE void copy_begin(uint4* to, const uint4* from) { *to = *from; }
-DEVICE void copy_commit() {}
+DEVICE void copy_begin(uint4* to, const uint4* from) {
+    emulator::Fiber* self = emulator::block->running;
+    self->copies.push_back({to, from, self->n_groups});
+}
+DEVICE void copy_commit() { emulator::block->running->n_groups += 1; }
 template <int N>
-DEVICE void copy_wait() {}
+DEVICE void copy_wait() {
+    emulator::Fiber* self = emulator::block->running;
+    std::erase_if(self->copies, [&](const emulator::Copy& copy) {
+        if (copy.group + N >= self->n_groups) return false;
+        *copy.to = *copy.from;
+        return true;
+    });
+}
 
 // Kernels run one after the other.
 DEVICE void depend() {}
@@ -320,19 +341,19 @@ DEVICE u16 float_to_half(float x) {
 namespace emulator {
 
 // The product that the lanes of a warp make together, by what each shows: a0 to a3, b0, b1.
-template <class Sum, class Product>
-inline void mma(Sum c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int n_columns, Product product) {
+template <class Product>
+inline void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Product product) {
     const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     u32(*all)[6] = exchange(mine, 6);
-    const u32 g = lane() / 4, t = lane() % 4, per_word = n_columns / 8;
+    const u32 g = lane() / 4, t = lane() % 4;
     for (u32 i = 0; i < 4; i++) {
         const u32 row = g + i / 2 * 8, column = 2 * t + i % 2;
-        Sum sum = c[i];
-        for (u32 k = 0; k < (u32)n_columns; k++) {
-            const u32 half = k / (n_columns / 2), within = k % (n_columns / 2);
-            const u32 a = all[row % 8 * 4 + within / per_word][row / 8 + 2 * half];
-            const u32 b = all[column * 4 + within / per_word][4 + half];
-            sum = product(sum, a, b, within % per_word);
+        float sum = c[i];
+        for (u32 k = 0; k < 16; k++) {
+            const u32 half = k / 8, within = k % 8;
+            const u32 a = all[row % 8 * 4 + within / 2][row / 8 + 2 * half];
+            const u32 b = all[column * 4 + within / 2][4 + half];
+            sum = product(sum, a, b, within % 2);
         }
         c[i] = sum;
     }
@@ -341,13 +362,13 @@ inline void mma(Sum c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int n_
 } // namespace emulator
 
 DEVICE void mma_bf16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::mma(c, a0, a1, a2, a3, b0, b1, 16, [](float sum, u32 a, u32 b, u32 i) {
+    emulator::mma(c, a0, a1, a2, a3, b0, b1, [](float sum, u32 a, u32 b, u32 i) {
         return sum + float_of(a >> 16 * i << 16) * float_of(b >> 16 * i << 16);
     });
 }
 
 DEVICE void mma_f16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::mma(c, a0, a1, a2, a3, b0, b1, 16, [](float sum, u32 a, u32 b, u32 i) {
+    emulator::mma(c, a0, a1, a2, a3, b0, b1, [](float sum, u32 a, u32 b, u32 i) {
         return sum + half_to_float(a >> 16 * i) * half_to_float(b >> 16 * i);
     });
 }

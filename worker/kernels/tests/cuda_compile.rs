@@ -19,10 +19,6 @@ const SHAPES: [Shape; 4] = [
     Shape { head_dim: 96, kv_format: Format::F32 },
 ];
 
-/// Bytes that a thread may keep elsewhere than in registers, where kernels trade these for more blocks
-/// side by side: a few words that are set once.
-const MOST_SPILLED: u32 = 16;
-
 /// NVRTC's directory, if there is one: without it there is nothing to compile with, and the machine
 /// says so.
 fn nvrtc() -> Option<PathBuf> {
@@ -36,7 +32,7 @@ fn nvrtc() -> Option<PathBuf> {
 }
 
 #[test]
-fn every_kernel_compiles_for_every_card_and_fits_its_registers() {
+fn every_kernel_compiles_for_every_card_without_spills() {
     let Some(dir) = nvrtc() else { return };
     compiler::look_in(&dir);
     let version = compiler::version().unwrap_or_else(|| panic!("no NVRTC in {}", dir.display()));
@@ -66,10 +62,9 @@ fn check(arch: Arch, shape: Shape) {
             kernel = rest.trim();
             n_kernels += 1;
         }
-        if let Some((before, _)) = line.split_once(" bytes spill stores") {
-            let spilled: u32 =
-                before.rsplit(' ').next().and_then(|n| n.parse().ok()).expect("bytes");
-            assert!(spilled <= MOST_SPILLED, "{kernel} for {} and {shape:?}: {line}", arch.name());
+        if line.contains("spill stores") {
+            let is_free = line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+            assert!(is_free, "{kernel} for {} and {shape:?}: {line}", arch.name());
         }
     }
     assert!(n_kernels > 30, "{n_kernels} kernels in the log of {}:\n{}", arch.name(), compiled.log);
