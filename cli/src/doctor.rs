@@ -119,8 +119,8 @@ fn cards(found: &Found) -> Vec<Line> {
     });
     lines.push(line(
         "",
-        "kernels have run on an H200; on other cards they are compiled for and tested by emulation. \
-         Sums by NCCL have run on none: --transport shm or tcp does without",
+        "kernels have run on an H200, but for their last changes; for other cards they are compiled, \
+         and tested by emulation. Sums by NCCL have run on none: --transport shm or tcp does without",
     ));
     lines
 }
