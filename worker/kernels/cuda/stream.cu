@@ -9,11 +9,15 @@
 // few tokens, 12 warps were the fastest of 8, 12 and 16 on an H200.)
 #define FEW_WARPS 12
 #define FEW_THREADS 384
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 900
+#define FEW_BLOCKS 1 // with two, registers would be spilled
+#else
 #define FEW_BLOCKS 2
+#endif
 #define MANY_WARPS 8
 #define MANY_THREADS 256
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define MANY_BLOCKS 1
+#define MANY_BLOCKS 1 // as above
 #else
 #define MANY_BLOCKS 2
 #endif
