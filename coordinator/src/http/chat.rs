@@ -57,6 +57,7 @@ pub async fn create(State(app): State<App>, request: Request) -> Response {
 async fn respond(app: &App, request: Request, observation: Observation) -> Result<Response, Error> {
     let body = answer::read_body(app, request).await?;
     let request = parse(&body, app.options.max_json_depth)?;
+    let n_bytes = body.len();
     drop(body);
     let permit = app.admit()?;
     let model = app.model(&request.common.model)?;
@@ -67,8 +68,8 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
     let prompt = {
         let text = text.clone();
         let encode = move || text.encode_chat(&messages);
-        app.encode(move || encode().map_err(|error| Error::Text { error, param: "messages" }))
-            .await?
+        let work = move || encode().map_err(|error| Error::Text { error, param: "messages" });
+        app.encode(n_bytes, work).await?
     };
     let params = Params {
         prompt,

@@ -62,6 +62,7 @@ pub async fn create(State(app): State<App>, request: Request) -> Response {
 async fn respond(app: &App, request: Request, observation: Observation) -> Result<Response, Error> {
     let body = answer::read_body(app, request).await?;
     let request = parse(&body, app.options.max_json_depth)?;
+    let n_bytes = body.len();
     drop(body);
     let permit = app.admit()?;
     let model = app.model(&request.common.model)?;
@@ -86,7 +87,7 @@ async fn respond(app: &App, request: Request, observation: Observation) -> Resul
                 .map(|prompt| prepare(&model, &text, &directory, prompt, params.clone(), echo))
                 .collect::<Result<Vec<_>, Error>>()
         };
-        app.encode(prepare).await?
+        app.encode(n_bytes, prepare).await?
     };
     let n_prompt_tokens = prepared.iter().map(|(one, _)| one.n_prompt_tokens()).sum();
     let mut generations = Vec::new();
