@@ -219,7 +219,7 @@ impl Pass<'_, '_> {
         let n = n_groups * tiles.len();
         let mut is_begun = false;
         for nth in 0..n {
-            let (this, next) = (at(nth), (nth + 1 < n).then(|| at(nth + 1)));
+            let this = at(nth);
             let w = &self.tiles[this.tile];
             let ahead = self.ahead::<B>(this.tile, window);
             let group = |at: At| self.groups[at.group].as_ref().expect("a group of the pass");
@@ -228,12 +228,19 @@ impl Pass<'_, '_> {
                 if B::SCALES.sums_integers() {
                     super_blocks::multiply::<B, ROWS>(w, window, group(this), this, self.scratch);
                 } else {
-                    let next = next.filter(|_| window.blocks.len() == WINDOW).map(|next| {
-                        runs::operands(window, group(next), next.weights, self.scratch)
-                    });
-                    let follow = runs::Follow { is_begun, next, ahead };
-                    runs::multiply::<B, ROWS>(window, group(this), this, follow, self.scratch);
-                    is_begun = next.is_some();
+                    let is_followed = window.blocks.len() == WINDOW && nth + 1 < n;
+                    let next = if is_followed { at(nth + 1) } else { this };
+                    let next = runs::operands(window, group(next), next.weights, self.scratch);
+                    let between = runs::Between { is_begun, is_followed, ahead };
+                    runs::multiply::<B, ROWS>(
+                        window,
+                        group(this),
+                        this,
+                        between,
+                        next,
+                        self.scratch,
+                    );
+                    is_begun = is_followed;
                 }
             }
             if n_groups > 1 || B::SCALES.sums_integers() {

@@ -147,11 +147,14 @@ pub(super) fn operands(
 }
 
 /// What comes before a window, after it, and later.
-pub(super) struct Follow {
+///
+/// In registers, as are the operands of the next window: from memory, just written, they would be
+/// read only after all products that are on their way there.
+pub(super) struct Between {
     /// The one before began this one.
     pub(super) is_begun: bool,
     /// Whole windows begin the next.
-    pub(super) next: Option<Operands>,
+    pub(super) is_followed: bool,
     /// Packed weights to bring near.
     pub(super) ahead: *const u8,
 }
@@ -166,7 +169,8 @@ pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
     window: &Window,
     group: &Group<'_>,
     at: At,
-    follow: Follow,
+    between: Between,
+    next: Operands,
     scratch: &mut Scratch,
 ) {
     let shape = Shape::of::<B>();
@@ -175,7 +179,7 @@ pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
     let total = &raw mut scratch.total[at.sums];
     let zero = &raw const NOTHING.0;
     let of = operands(window, group, at.weights, scratch);
-    let Follow { is_begun, next, ahead } = follow;
+    let Between { is_begun, is_followed, ahead } = between;
     let run = window.blocks.start;
     let segment = Segment {
         of,
@@ -194,7 +198,7 @@ pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
             if !is_begun {
                 segment::enter(shape, of, segment.products);
             }
-            segment::window::<ROWS>(shape, segment, next);
+            segment::window::<ROWS>(shape, segment, is_followed.then_some(next));
         }
         return;
     }
