@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::models;
 use crate::table::Table;
-use crate::values::{Bytes, Kv, Shares};
+use crate::values::{Bytes, Kv, Shares, Weights};
 
 const EXAMPLES: &str = "Examples:
   evener plan --model model.gguf --shares 2:1
@@ -31,6 +31,9 @@ pub struct Options {
     /// How keys and values are kept.
     #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
     kv: Kv,
+    /// How the model's weights are kept.
+    #[arg(long, env = "EVENER_WEIGHTS", value_enum, default_value_t = Weights::Stored)]
+    weights: Weights,
     /// Print the program of rank 0, one op a line.
     #[arg(long)]
     ops: bool,
@@ -38,7 +41,8 @@ pub struct Options {
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let path = models::resolve(&options.model)?;
-    let checkpoint = Checkpoint::open(&path).context("the model cannot be served")?;
+    let checkpoint = Checkpoint::open_and_keep(&path, options.weights.into());
+    let checkpoint = checkpoint.context("the model cannot be served")?;
     let split = shard::split(&checkpoint.config, &options.shares.0)?;
     let mut table = Table::new(&["rank", "share", "weights", "kv a token", "shard"]);
     for (rank, shard) in split.shards.iter().enumerate() {
@@ -67,7 +71,7 @@ fn kv_bytes_per_token(checkpoint: &Checkpoint, shard: &shard::Shard, kv: Kv) -> 
     KvFormat::from(kv).bytes_per_token(n_heads * 2 * 2 * config.head_dim as u64, n_heads)
 }
 
-/// Bytes of a rank's slices, in the file's formats.
+/// Bytes of a rank's slices, as they are kept.
 pub fn rank_bytes(
     checkpoint: &Checkpoint,
     split: &shard::Split,

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use evener_proto::KvFormat;
+use evener_worker::checkpoint::Kept;
 use serde::Serialize;
 
 /// Weights of the ranks in a split, `2:1`.
@@ -263,6 +264,27 @@ impl From<Kv> for KvFormat {
             Kv::F16 => Self::F16,
             Kv::F32 => Self::F32,
             Kv::Int8 => Self::Int8,
+        }
+    }
+}
+
+/// How weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Weights {
+    /// As the file has them.
+    Stored,
+    /// Matrices in F32, F16 or BF16 rounded to eight bits (e4m3), with a scale for each row; not the
+    /// embedding, nor the head. On a processor, which has no arithmetic for them, they take the room
+    /// of BF16.
+    Fp8,
+}
+
+impl From<Weights> for Kept {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::Stored => Self::AsStored,
+            Weights::Fp8 => Self::Fp8,
         }
     }
 }

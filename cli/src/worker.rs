@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::models;
 use crate::signals;
 use crate::traces::{Tracing, finish};
-use crate::values::{Backend, Bytes, Cores, Device, Registry, Transport};
+use crate::values::{Backend, Bytes, Cores, Device, Registry, Transport, Weights};
 
 const EXAMPLES: &str = "Examples:
   evener worker --model SmolLM2-135M-Instruct.Q4_1.gguf --registry embedded://127.0.0.1:8081
@@ -58,6 +58,9 @@ pub struct Options {
     /// is one). `evener doctor` shows what there is.
     #[arg(long, env = "EVENER_DEVICE", value_name = "DEVICE", default_value_t = Device::Cpu)]
     pub device: Device,
+    /// How the weights of its models are kept. All workers of a group must keep them alike.
+    #[arg(long, env = "EVENER_WEIGHTS", value_enum, default_value_t = Weights::Stored)]
+    pub weights: Weights,
     /// Threads that compute; default: one per core.
     #[arg(long, env = "EVENER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
@@ -135,6 +138,7 @@ impl Options {
         options.collective_listen = self.collective_listen;
         options.advertise_host = self.advertise_host;
         options.backend = backend_on(self.backend, self.device)?;
+        options.kept = self.weights.into();
         options.threads = self.threads.unwrap_or(cores);
         options.cores = match self.cores {
             Cores::Auto => config::Cores::Auto,

@@ -69,6 +69,7 @@ fn sizes(place: Place, models: Vec<String>) -> Sizes {
                 models,
                 &[
                     "synthetic:llama-8b:bf16",
+                    "synthetic:llama-8b:fp8",
                     "synthetic:llama-8b:q8_0",
                     "synthetic:llama-8b:q4_k_m",
                     "synthetic:llama-70b:bf16/8",
@@ -82,7 +83,14 @@ fn sizes(place: Place, models: Vec<String>) -> Sizes {
             patience: Duration::from_millis(500),
         },
         Place::Emulator => Sizes {
-            models: or(models, &["synthetic:llama-tiny:q4_0", "synthetic:llama-tiny:bf16/2"]),
+            models: or(
+                models,
+                &[
+                    "synthetic:llama-tiny:q4_0",
+                    "synthetic:llama-tiny:fp8",
+                    "synthetic:llama-tiny:bf16/2",
+                ],
+            ),
             batches: &[1, 3],
             context: 20,
             prompts: &[40],

@@ -10,6 +10,7 @@ use evener_proto::ids::{ModelName, WorkerId};
 use evener_telemetry::Tracer;
 
 use crate::backend;
+use crate::checkpoint::Kept;
 use crate::engine::speculation::MAX_DRAFTS;
 use crate::registration;
 
@@ -27,6 +28,9 @@ pub struct Options {
     /// What it can serve, and under which names. At least one.
     pub models: Vec<Model>,
     pub backend: backend::Kind,
+    /// What becomes of the models' weights when they are loaded. A group's ranks must keep them
+    /// alike.
+    pub kept: Kept,
     /// Threads of a step, at least 1.
     pub threads: usize,
     pub cores: Cores,
@@ -105,6 +109,7 @@ impl Options {
             advertise_host: None,
             models,
             backend: backend::Kind::Cpu,
+            kept: Kept::AsStored,
             threads: 1,
             cores: Cores::Auto,
             kv_memory_bytes: None,

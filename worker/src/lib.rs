@@ -79,7 +79,8 @@ impl Worker {
         options.check()?;
         let mut models = Vec::new();
         for config::Model { name, path } in options.models.clone() {
-            let opened = tokio::task::spawn_blocking(move || Checkpoint::open(&path)).await;
+            let open = move || Checkpoint::open_and_keep(&path, options.kept);
+            let opened = tokio::task::spawn_blocking(open).await;
             let opened = opened.map_err(|error| Error::Panicked { reason: error.to_string() })?;
             let checkpoint =
                 opened.map_err(|source| Error::Model { name: name.clone(), source })?;

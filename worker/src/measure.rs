@@ -33,7 +33,7 @@ pub fn linear(
 pub fn arithmetic(format: Format) -> Kind {
     match format {
         Format::F32 => Kind::F32,
-        Format::F16 | Format::Bf16 => Kind::Bf16,
+        Format::F16 | Format::Bf16 | Format::Fp8 => Kind::Bf16,
         Format::Q4_0
         | Format::Q4_1
         | Format::Q5_0

@@ -348,6 +348,7 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
             ("--backend", &values::flag(shape.backend)),
             ("--device", &shape.device.to_string()),
             ("--transport", &values::flag(shape.transport)),
+            ("--weights", &values::flag(shape.weights)),
             ("--threads", &plan.threads.to_string()),
             ("--speculate", &shape.speculate.to_string()),
             (

@@ -24,7 +24,7 @@ pub use progress::Progress;
 use crate::client::Sampling;
 use crate::signals::Signals;
 use crate::traces::Tracing;
-use crate::values::{Backend, Bytes, Cores, Device, Kv, Registry, Shares, Transport};
+use crate::values::{Backend, Bytes, Cores, Device, Kv, Registry, Shares, Transport, Weights};
 
 const EXAMPLES: &str = "Examples:
   evener up --model model.gguf                              two equal workers
@@ -69,6 +69,9 @@ pub struct Shape {
     /// How keys and values are kept.
     #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// How the model's weights are kept.
+    #[arg(long, env = "EVENER_WEIGHTS", value_enum, default_value_t = Weights::Stored)]
+    pub weights: Weights,
     /// Draft up to N tokens (at most 8) of an answer from its own text and prompt, and verify them
     /// with its next token, where that is faster; answers stay the same. 0: never.
     #[arg(

@@ -61,7 +61,8 @@ impl Plan {
         let cores = cores(&shape.cores, threads, shares.len())?;
         let model = models::resolve(model)?;
         let name = models::served_name(&model, name)?;
-        let checkpoint = Checkpoint::open(&model).context("the model cannot be served")?;
+        let checkpoint = Checkpoint::open_and_keep(&model, shape.weights.into());
+        let checkpoint = checkpoint.context("the model cannot be served")?;
         let split = shard::split(&checkpoint.config, &shares)?;
         let weight_bytes = (0..shares.len())
             .map(|rank| plan::rank_bytes(&checkpoint, &split, rank))

@@ -45,6 +45,8 @@ struct OfBf16Rows {
 
     static DEVICE_MEMBER bool is_plain(const Dense& m, u32 begin, u32 end) { return begin % RUNS == 0 && end % RUNS == 0; }
 
+    static DEVICE_MEMBER float2 row_scales(const Dense&, u32, u32) { return {1.0f, 1.0f}; }
+
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply_run(float sums[TOKEN_TILES][4], const uint4* stage, int i, const Dense& m, const Made& x,
                                            u32 run, u32 first_token, u32 n_tokens, u32 lane) {

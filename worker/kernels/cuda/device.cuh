@@ -86,6 +86,30 @@ DEVICE u16 float_to_half(float x) {
     return bits;
 }
 
+// Four numbers of e4m3 (a sign, four bits of exponent, three of mantissa) as four of f16, exactly: the lower two, and the
+// upper two. Not of 0x7f and 0xff, which are no numbers. (PTX ISA, "cvt"; of sm_89 and newer.)
+DEVICE uint2 halves_of_e4m3(u32 four) {
+    uint2 halves;
+#if __CUDA_ARCH__ >= 890
+    asm("{\n\t"
+        ".reg .b16 low, high;\n\t"
+        "mov.b32 {low, high}, %2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n\t"
+        "}"
+        : "=r"(halves.x), "=r"(halves.y)
+        : "r"(four));
+#else
+    // The bits, moved, are those of 2^-8 times the number.
+    const u32 low = __byte_perm(four, 0, 0x1404), high = __byte_perm(four, 0, 0x3424);
+    const u32 of_low = (low >> 1 & 0x3f803f80u) | (low & 0x80008000u);
+    const u32 of_high = (high >> 1 & 0x3f803f80u) | (high & 0x80008000u);
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(halves.x) : "r"(of_low), "r"(0x5c005c00u)); // 2^8
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(halves.y) : "r"(of_high), "r"(0x5c005c00u));
+#endif
+    return halves;
+}
+
 // c += a * b, with a [16, 16] and b [16, 8] of 16-bit floats, two in a register, the lower column lowest. Lane 4g + t
 // holds of a row g in a0 (columns 2t, 2t + 1) and a2 (8 + 2t..), row g + 8 in a1 and a3; of b column g in b0 (rows 2t..)
 // and b1 (rows 8 + 2t..); of c rows g (c[0], c[1]) and g + 8 (c[2], c[3]) in columns 2t and 2t + 1. (PTX ISA, "Matrix

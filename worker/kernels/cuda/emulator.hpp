@@ -338,6 +338,16 @@ DEVICE u16 float_to_half(float x) {
     return sign | (u16)(((u32)(exponent + 14) << 10) + n);
 }
 
+DEVICE uint2 halves_of_e4m3(u32 four) {
+    u32 halves[4];
+    for (int i = 0; i < 4; i++) {
+        const u32 code = four >> 8 * i & 255, exponent = code >> 3 & 15, mantissa = code & 7;
+        const float magnitude = exponent == 0 ? mantissa * 0x1p-9f : ldexpf(8 + mantissa, (int)exponent - 10);
+        halves[i] = float_to_half(code & 128 ? -magnitude : magnitude);
+    }
+    return {halves[0] | halves[1] << 16, halves[2] | halves[3] << 16};
+}
+
 namespace emulator {
 
 // The product that the lanes of a warp make together, by what each shows: a0 to a3, b0, b1.

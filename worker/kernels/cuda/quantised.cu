@@ -315,6 +315,8 @@ struct OfIntegers {
         return w.first_run % STEP == 0 && begin % STEP == 0 && (end % STEP == 0 || end == w.n_runs);
     }
 
+    static DEVICE_MEMBER float2 row_scales(const Quantised&, u32, u32) { return {1.0f, 1.0f}; }
+
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
                                        u32 first_token, u32 n_tokens, u32 lane) {

@@ -107,6 +107,7 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
     u32 at = 0;
     for (u32 index = blockIdx.x; index < all.n_tiles; index += gridDim.x) {
         const Chosen<typename Of::Matrix> chosen = choose(all, index);
+        const float2 scales = Of::row_scales(chosen.matrix, chosen.tile, lane);
         float sums[TOKEN_TILES][4];
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
@@ -125,6 +126,10 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
             }
             at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) {
+            for (int i = 0; i < 4; i++) sums[n][i] *= i / 2 ? scales.y : scales.x;
+        }
         add_warps<WARPS, TOKEN_TILES>(sums, place, chosen.out, chosen.tile, chosen.matrix.rows, n_tokens);
     }
 }
@@ -133,8 +138,8 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
 // that share the tiles, tokens, parts. `parts`: where the runs of each part begin, and where the last ends. Shared: a ring a
 // warp, then what `add_warps` takes.
 //
-// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, and how it is
-// multiplied. All matrices have the same columns.
+// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, how it is
+// multiplied, and what a sum of rows g and g + 8 is multiplied with at last. All matrices have the same columns.
 template <class Of, int WARPS, int TOKEN_TILES>
 DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const u32* parts, u32 n_tokens) {
     const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];

@@ -26,7 +26,7 @@ const CHUNK_BYTES: usize = 1 << 20;
 pub struct Matrix {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
-    /// Of the tiles: the source's, or F32 where that has no kernel of its own.
+    /// Of the tiles: the source's, or the floats that hold it where that has no kernel of its own.
     pub(crate) format: Format,
     pub(crate) weights: Weights,
 }

@@ -76,9 +76,16 @@ fn dequantize(checkpoint: &Checkpoint, weight: &Weight) -> Result<Tensor, LoadEr
     if slice.rows == 0 || slice.columns == 0 {
         return Ok(Tensor::zeros((slice.rows, slice.columns), candle_core::DType::F32, &device)?);
     }
+    use evener_kernels::quant::Format;
+    if slice.format != slice.stored {
+        let mut numbers = vec![0.0; slice.rows * slice.columns];
+        for (row, out) in numbers.chunks_exact_mut(slice.columns).enumerate() {
+            slice.dequantized_row(row, out);
+        }
+        return Ok(Tensor::from_vec(numbers, (slice.rows, slice.columns), &device)?);
+    }
     let blocks: Vec<u8> = (0..slice.rows).flat_map(|row| slice.row(row)).copied().collect();
     let covered = blocks.len() / slice.rows / slice.format.block_bytes() * slice.format.block_len();
-    use evener_kernels::quant::Format;
     let dtype = match slice.format {
         Format::F32 => GgmlDType::F32,
         Format::F16 => GgmlDType::F16,
@@ -91,6 +98,7 @@ fn dequantize(checkpoint: &Checkpoint, weight: &Weight) -> Result<Tensor, LoadEr
         Format::Q4K => GgmlDType::Q4K,
         Format::Q5K => GgmlDType::Q5K,
         Format::Q6K => GgmlDType::Q6K,
+        Format::Fp8 => unreachable!("no file has it"),
     };
     let storage = QStorage::from_data(blocks.into(), &device, dtype)?;
     let whole = QTensor::new(storage, (slice.rows, covered))?.dequantize(&device)?;

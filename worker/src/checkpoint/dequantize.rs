@@ -14,21 +14,32 @@ pub(super) fn dequantize(format: Format, blocks: &[u8], out: &mut [f32]) {
     let n_blocks = blocks.len() / format.block_bytes();
     assert_eq!(blocks.len(), n_blocks * format.block_bytes(), "whole blocks");
     assert_eq!(out.len(), n_blocks * format.block_len(), "one number a weight");
+    match format {
+        Format::F32 => floats(blocks, out, f32::from_le_bytes),
+        Format::F16 => floats(blocks, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        Format::Bf16 => floats(blocks, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        Format::Q4_0 => each_block(format, blocks, out, q4_0),
+        Format::Q4_1 => each_block(format, blocks, out, q4_1),
+        Format::Q5_0 => each_block(format, blocks, out, q5_0),
+        Format::Q5_1 => each_block(format, blocks, out, q5_1),
+        Format::Q8_0 => each_block(format, blocks, out, q8_0),
+        Format::Q4K => each_block(format, blocks, out, q4_k),
+        Format::Q5K => each_block(format, blocks, out, q5_k),
+        Format::Q6K => each_block(format, blocks, out, q6_k),
+        Format::Fp8 => unreachable!("no file has it"),
+    }
+}
+
+fn floats<const BYTES: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; BYTES]) -> f32) {
+    for (&bytes, out) in bytes.as_chunks().0.iter().zip(out) {
+        *out = number(bytes);
+    }
+}
+
+fn each_block(format: Format, blocks: &[u8], out: &mut [f32], weights: fn(&[u8], &mut [f32])) {
     let blocks = blocks.chunks_exact(format.block_bytes());
     for (block, out) in blocks.zip(out.chunks_exact_mut(format.block_len())) {
-        match format {
-            Format::F32 => out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]),
-            Format::F16 => out[0] = half_at(block, 0),
-            Format::Bf16 => out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
-            Format::Q4_0 => q4_0(block, out),
-            Format::Q4_1 => q4_1(block, out),
-            Format::Q5_0 => q5_0(block, out),
-            Format::Q5_1 => q5_1(block, out),
-            Format::Q8_0 => q8_0(block, out),
-            Format::Q4K => q4_k(block, out),
-            Format::Q5K => q5_k(block, out),
-            Format::Q6K => q6_k(block, out),
-        }
+        weights(block, out);
     }
 }
 
@@ -46,6 +57,7 @@ pub(super) fn first_not_finite(format: Format, blocks: &[u8]) -> Option<usize> {
         Format::Q4K => find::<144>(blocks, |b| halves_are_finite(b, &[0, 2])),
         Format::Q5K => find::<176>(blocks, |b| halves_are_finite(b, &[0, 2])),
         Format::Q6K => find::<210>(blocks, |b| halves_are_finite(b, &[208])),
+        Format::Fp8 => unreachable!("no file has it"),
     }
 }
 

@@ -14,7 +14,7 @@ const KV_BYTES: u64 = 2;
 pub struct Description {
     /// "llama", ...
     pub architecture: String,
-    /// What the file calls its mixture of formats: "Q4_1", "Q4_K_M", ...
+    /// What the file calls its mixture of formats: "Q4_1", "Q4_K_M", ...; "FP8" of what is rounded.
     pub quantization: String,
     /// As stated in the file; empty if it states none.
     pub licence: String,
@@ -35,11 +35,11 @@ pub struct Description {
     pub n_heads: usize,
     pub n_kv_heads: usize,
     pub n_parameters: u64,
-    /// Of the whole model, in the file's formats.
+    /// Of the whole model, as it is kept.
     pub weight_bytes: u64,
     /// Of the whole model, over all layers, in f16.
     pub kv_bytes_per_token: u64,
-    /// Hex; equal for equal files.
+    /// Hex; equal for equal files that are kept alike.
     pub fingerprint: String,
 }
 

@@ -64,8 +64,10 @@ pub struct Weight {
 pub enum Role {
     /// Rows are looked up.
     Table,
-    /// Rows are multiplied with int8 activations.
+    /// Rows are multiplied with activations.
     Matrix,
+    /// The same, to logits.
+    Head,
     /// Read as f32, whole.
     Vector,
 }

@@ -81,7 +81,7 @@ impl Forms {
         let mut forms = Self::default();
         for matrix in matrices {
             match route(matrix, n_tokens, device) {
-                Route::Integers(..) => forms.halves = true,
+                Route::Halves(..) => forms.halves = true,
                 Route::Dense(..) => {
                     forms.first = true;
                     forms.second = true;

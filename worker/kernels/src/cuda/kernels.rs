@@ -40,7 +40,8 @@ pub(super) const ATTEND_TILES: Kernel = kernel("attend_tiles", 128);
 /// The kernels that know one weight format.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OfFormat {
-    pub(super) embed: Kernel,
+    /// None of FP8: no table is kept in it.
+    pub(super) embed: Option<Kernel>,
     pub(super) linear: Linear,
 }
 
@@ -59,13 +60,13 @@ macro_rules! of_format {
     };
     ($name:literal, plain) => {
         OfFormat {
-            embed: kernel(concat!("embed_", $name), PACK_THREADS as u32),
+            embed: Some(kernel(concat!("embed_", $name), PACK_THREADS as u32)),
             linear: Linear::Plain(kernel(concat!("linear_", $name), PACK_THREADS as u32)),
         }
     };
     ($name:literal, $to_bf16:expr) => {
         OfFormat {
-            embed: kernel(concat!("embed_", $name), PACK_THREADS as u32),
+            embed: Some(kernel(concat!("embed_", $name), PACK_THREADS as u32)),
             linear: Linear::Tiles {
                 few: kernel(concat!("linear_", $name, "_8"), FEW_THREADS as u32),
                 many: kernel(concat!("linear_", $name, "_32"), MANY_THREADS as u32),
@@ -88,6 +89,7 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
         Format::Q4K => of_format!("q4_k"),
         Format::Q5K => of_format!("q5_k"),
         Format::Q6K => of_format!("q6_k"),
+        Format::Fp8 => OfFormat { embed: None, ..of_format!("fp8") },
     }
 }
 
@@ -108,9 +110,9 @@ pub(super) fn all(shape: Shape) -> Vec<Kernel> {
         attention::Format::F16 => all.extend([ATTEND, ATTEND_TILES]),
         attention::Format::F32 | attention::Format::Int8 => all.push(ATTEND_PLAIN),
     }
-    for format in Format::ALL {
+    for format in Format::ALL.into_iter().chain([Format::Fp8]) {
         let OfFormat { embed, linear } = of_format(format);
-        all.push(embed);
+        all.extend(embed);
         match linear {
             Linear::Tiles { few, many, to_bf16 } => {
                 all.extend([few, many].into_iter().chain(to_bf16))

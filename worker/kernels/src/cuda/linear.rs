@@ -2,7 +2,7 @@
 
 use super::activations::{self, Activations, Forms, Making, TOKEN_TILE};
 use super::device::Gemm;
-use super::kernels::{self, FEW_THREADS, Linear, MANY_THREADS, PACK_WARPS};
+use super::kernels::{self, FEW_THREADS, Linear, MANY_THREADS, PACK_THREADS, PACK_WARPS};
 use super::launch::{Arguments, Geometry, Kernel, Words};
 use super::matrix::{Matrix, STEP, Weights};
 use super::memory::Buffer;
@@ -80,8 +80,8 @@ pub struct Projection<'a> {
 /// Which kernel multiplies.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
-    /// Tensor cores, integer weights as they are.
-    Integers(Kernel),
+    /// Tensor cores, activations in f16, integer weights or those of FP8 as they are.
+    Halves(Kernel),
     /// Tensor cores, weights of bf16 and activations in two.
     Dense(Kernel),
     /// cublasLt, all in bf16.
@@ -94,13 +94,16 @@ pub(super) fn route(matrix: &Matrix, n_tokens: usize, device: &Device) -> Route 
     let is_many = |most| n_tokens > most && device.driver().has_gemm();
     let of = |few, many| if n_tokens <= FEW_TOKENS { few } else { many };
     match (&matrix.weights, kernels::of_format(matrix.format).linear) {
-        (Weights::Quantised(_), _) if is_many(MOST_INTEGER_TOKENS) => Route::Gemm,
+        (Weights::Quantised(_) | Weights::Fp8(_), _) if is_many(MOST_INTEGER_TOKENS) => Route::Gemm,
         (Weights::Halves(_), Linear::Tiles { .. }) if is_many(MOST_DENSE_TOKENS) => Route::Gemm,
-        (Weights::Quantised(_), Linear::Tiles { few, many, .. }) => Route::Integers(of(few, many)),
+        (Weights::Quantised(_) | Weights::Fp8(_), Linear::Tiles { few, many, .. }) => {
+            Route::Halves(of(few, many))
+        }
         (Weights::Halves(_), Linear::Tiles { few, many, .. }) => Route::Dense(of(few, many)),
         (Weights::Halves(_) | Weights::Floats(_), Linear::Plain(kernel)) => Route::Plain(kernel),
-        (Weights::Quantised(_), Linear::Plain(_)) | (Weights::Floats(_), Linear::Tiles { .. }) => {
-            unreachable!("integers and bf16 have tiles, f32 has none")
+        (Weights::Quantised(_) | Weights::Fp8(_), Linear::Plain(_))
+        | (Weights::Floats(_), Linear::Tiles { .. }) => {
+            unreachable!("integers, FP8 and bf16 have tiles, f32 has none")
         }
     }
 }
@@ -187,7 +190,7 @@ pub fn multiply(
         };
         let n_alike = rest.iter().take(MOST_MATRICES).take_while(goes_along).count();
         let n = match kernel {
-            Route::Integers(kernel) | Route::Dense(kernel) => {
+            Route::Halves(kernel) | Route::Dense(kernel) => {
                 tiles(made, kernel, &rest[..n_alike])?;
                 n_alike
             }
@@ -228,6 +231,7 @@ impl Several {
             let dense;
             let words: &[u64] = match weights {
                 Weights::Quantised(quantised) => &quantised.argument,
+                Weights::Fp8(fp8) => &fp8.argument,
                 Weights::Halves(numbers) => {
                     dense = [numbers.address(), *rows as u64 | ((columns / RUN) as u64) << 32];
                     &dense
@@ -290,7 +294,7 @@ fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result
     let arguments = match &weight.weights {
         Weights::Halves(numbers) => Arguments::new().memory(numbers),
         Weights::Floats(numbers) => Arguments::new().memory(numbers),
-        Weights::Quantised(_) => unreachable!("quantised formats have tiles"),
+        Weights::Quantised(_) | Weights::Fp8(_) => unreachable!("these have tiles"),
     };
     let arguments = arguments
         .memory(made.plain)
@@ -304,39 +308,47 @@ fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result
     unsafe { launch(out.device(), kernel, geometry, arguments) }
 }
 
-/// By cublasLt; integers some rows at a time, which are turned to bf16 first.
+/// By cublasLt; what is not bf16 some rows at a time, which are turned to bf16 first.
 fn gemms(made: Making<'_>, scratch: &Scratch, projection: Projection<'_>) -> Result<(), Error> {
-    let Projection { weight, out, .. } = projection;
-    let Matrix { rows, columns, .. } = *weight;
-    match &weight.weights {
-        Weights::Halves(numbers) => gemm(made, numbers.address(), 0..rows, projection),
-        Weights::Quantised(quantised) => {
-            let Linear::Tiles { to_bf16: Some(kernel), .. } =
-                kernels::of_format(weight.format).linear
-            else {
-                unreachable!("integers can be turned to bf16")
-            };
-            // As many chunks as there must be, all alike.
-            let most = scratch.bf16.len() / columns / TILE_ROWS * TILE_ROWS;
-            let chunk = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(TILE_ROWS);
-            for first in (0..rows).step_by(chunk) {
-                let these = first..rows.min(first + chunk);
-                let arguments = Arguments::new()
-                    .structure(quantised)
-                    .memory(&scratch.bf16)
-                    .number(first / TILE_ROWS);
-                let n_steps = (columns / RUN).div_ceil(STEP);
-                let n_tiles = these.len().div_ceil(TILE_ROWS);
-                let geometry = Geometry::new(n_steps.div_ceil(PACK_WARPS), n_tiles, 1);
-                let geometry = geometry.shared_floats(PACK_WARPS * STAGE);
-                // SAFETY: whole tiles of the weight, for which the scratch has room.
-                unsafe { launch(out.device(), kernel, geometry, arguments) }?;
-                gemm(made, scratch.bf16.address(), these, projection)?;
-            }
-            Ok(())
-        }
-        Weights::Floats(_) => unreachable!("cublasLt is for bf16"),
+    let weight = projection.weight;
+    if let Weights::Halves(numbers) = &weight.weights {
+        return gemm(made, numbers.address(), 0..weight.rows, projection);
     }
+    // As many chunks as there must be, all alike.
+    let most = scratch.bf16.len() / weight.columns / TILE_ROWS * TILE_ROWS;
+    let n_chunks = weight.rows.div_ceil(most).max(1);
+    let chunk = weight.rows.div_ceil(n_chunks).next_multiple_of(TILE_ROWS);
+    for first in (0..weight.rows).step_by(chunk) {
+        let rows = first..weight.rows.min(first + chunk);
+        to_bf16(weight, rows.clone(), &scratch.bf16)?;
+        gemm(made, scratch.bf16.address(), rows, projection)?;
+    }
+    Ok(())
+}
+
+/// Of `rows`, which begin with a tile.
+fn to_bf16(weight: &Matrix, rows: std::ops::Range<usize>, to: &Buffer<u16>) -> Result<(), Error> {
+    let Linear::Tiles { to_bf16: Some(kernel), .. } = kernels::of_format(weight.format).linear
+    else {
+        unreachable!("integers and FP8 can be turned to bf16")
+    };
+    let (arguments, geometry) = match &weight.weights {
+        Weights::Quantised(quantised) => {
+            let n_steps = (weight.columns / RUN).div_ceil(STEP);
+            let n_tiles = rows.len().div_ceil(TILE_ROWS);
+            let geometry = Geometry::new(n_steps.div_ceil(PACK_WARPS), n_tiles, 1);
+            let arguments = Arguments::new().structure(quantised).memory(to);
+            (arguments.number(rows.start / TILE_ROWS), geometry.shared_floats(PACK_WARPS * STAGE))
+        }
+        Weights::Fp8(fp8) => {
+            let n_blocks = (weight.columns / 4).div_ceil(PACK_THREADS);
+            let arguments = Arguments::new().structure(fp8).memory(to);
+            (arguments.number(rows.start), Geometry::new(n_blocks, rows.len(), 1))
+        }
+        Weights::Halves(_) | Weights::Floats(_) => unreachable!("as said"),
+    };
+    // SAFETY: rows of the weight, of integers whole tiles, for which the caller has room.
+    unsafe { launch(to.device(), kernel, geometry, arguments) }
 }
 
 /// Of `rows`, which lie at `w`.
@@ -374,7 +386,7 @@ fn gemm(
 /// The device failed.
 ///
 /// # Panics
-/// If `out` is too small.
+/// If `out` is too small, or the table is kept in FP8.
 pub fn embed(
     table: &Matrix,
     first_row: usize,
@@ -382,22 +394,20 @@ pub fn embed(
     out: &Buffer<f32>,
 ) -> Result<(), Error> {
     assert!(out.len() >= tokens.len * table.columns);
-    let arguments = match &table.weights {
-        Weights::Quantised(quantised) => {
-            Arguments::new().structure(quantised).view(tokens).memory(out).number(first_row)
-        }
+    let (n_shares, arguments) = match &table.weights {
+        Weights::Quantised(quantised) => (
+            (table.columns / RUN).div_ceil(STEP).div_ceil(PACK_WARPS),
+            Arguments::new().structure(quantised).view(tokens).memory(out).number(first_row),
+        ),
         Weights::Halves(numbers) => {
-            dense_table(Arguments::new().memory(numbers), table, first_row, tokens, out)
+            (1, dense_table(Arguments::new().memory(numbers), table, first_row, tokens, out))
         }
         Weights::Floats(numbers) => {
-            dense_table(Arguments::new().memory(numbers), table, first_row, tokens, out)
+            (1, dense_table(Arguments::new().memory(numbers), table, first_row, tokens, out))
         }
+        Weights::Fp8(_) => unreachable!("no table is kept in FP8"),
     };
-    let kernel = kernels::of_format(table.format).embed;
-    let n_shares = match &table.weights {
-        Weights::Quantised(_) => (table.columns / RUN).div_ceil(STEP).div_ceil(PACK_WARPS),
-        Weights::Halves(_) | Weights::Floats(_) => 1,
-    };
+    let kernel = kernels::of_format(table.format).embed.expect("tables have one");
     let geometry = Geometry::new(tokens.len, n_shares, 1).shared_floats(PACK_WARPS * STAGE);
     // SAFETY: blocks of a token; the kernel looks at no row that the table does not hold.
     unsafe { launch(out.device(), kernel, geometry, arguments) }

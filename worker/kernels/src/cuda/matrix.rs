@@ -1,8 +1,9 @@
-//! Weights on a device: packed here as the kernels read them (`cuda/quantised.cu`, `cuda/dense.cu`),
-//! at the true width of their format, and uploaded some rows at a time.
+//! Weights on a device: packed here (FP8 in `fp8.rs`) as the kernels read them (`cuda/quantised.cu`,
+//! `cuda/dense.cu`), at the true width of their format, and uploaded some rows at a time.
 
 use std::ops::{ControlFlow, Range};
 
+use super::fp8::Fp8;
 use super::launch::Words;
 use super::memory::Buffer;
 use super::{Device, Error};
@@ -34,6 +35,7 @@ pub(super) enum Weights {
     /// bf16 and f16: `[rows, columns]`; of bf16 the rows are padded to whole tiles with zeros.
     Halves(Buffer<u16>),
     Floats(Buffer<f32>),
+    Fp8(Fp8),
 }
 
 /// Planes, and the argument that tells a kernel of them.
@@ -90,7 +92,10 @@ impl Matrix {
         let weights = with_blocks!(
             format,
             B => Quantised::load::<B>(device, source, admit)?.map(Weights::Quantised),
-            _ => load_dense(device, source, admit)?
+            _ => match format {
+                Format::Fp8 => Fp8::load(device, source, admit)?.map(Weights::Fp8),
+                _ => load_dense(device, source, admit)?,
+            }
         );
         Ok(weights.map(|weights| Self { format, rows, columns, weights }))
     }
@@ -114,6 +119,7 @@ impl Matrix {
             }
             Weights::Halves(numbers) => 2 * numbers.len(),
             Weights::Floats(numbers) => 4 * numbers.len(),
+            Weights::Fp8(fp8) => fp8.bytes(),
         }) as u64
     }
 }

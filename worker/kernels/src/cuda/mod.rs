@@ -20,6 +20,7 @@ mod device;
 mod emulated_group;
 mod emulator;
 mod error;
+mod fp8;
 mod kernels;
 mod launch;
 mod memory;

@@ -7,13 +7,14 @@ const DEVICE: &str = include_str!("../../cuda/device.cuh");
 const EMULATOR: &str = include_str!("../../cuda/emulator.hpp");
 
 /// In the order in which they build on each other.
-const KERNELS: [(&str, &str); 8] = [
+const KERNELS: [(&str, &str); 9] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("activations.cu", include_str!("../../cuda/activations.cu")),
     ("rows.cu", include_str!("../../cuda/rows.cu")),
     ("stream.cu", include_str!("../../cuda/stream.cu")),
     ("quantised.cu", include_str!("../../cuda/quantised.cu")),
     ("dense.cu", include_str!("../../cuda/dense.cu")),
+    ("fp8.cu", include_str!("../../cuda/fp8.cu")),
     ("cache.cu", include_str!("../../cuda/cache.cu")),
     ("attention.cu", include_str!("../../cuda/attention.cu")),
 ];

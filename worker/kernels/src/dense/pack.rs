@@ -51,10 +51,11 @@ impl Dense {
     }
 }
 
-/// What a format without integer kernels is held as.
+/// What a format without integer kernels is held as: numbers of FP8 are numbers of bf16 too.
 pub(crate) fn format_of(source: Format) -> Format {
     match source {
         Format::Bf16 | Format::F16 => source,
+        Format::Fp8 => Format::Bf16,
         _ => Format::F32,
     }
 }
@@ -86,7 +87,7 @@ pub(crate) fn pack_tile(format: Format, source: &dyn Source, rows: Range<usize>,
         out.fill(0);
     }
     if source.format() != format {
-        return pack_as_f32(source, rows, out);
+        return pack_as_bf16(source, rows, out);
     }
     let mut blocks: [&[u8]; TILE_ROWS] = [&[]; TILE_ROWS];
     for (blocks, row) in blocks.iter_mut().zip(rows.clone()) {
@@ -99,14 +100,19 @@ pub(crate) fn pack_tile(format: Format, source: &dyn Source, rows: Range<usize>,
     }
 }
 
-fn pack_as_f32(source: &dyn Source, rows: Range<usize>, out: &mut [u8]) {
-    let mut values = vec![0f32; out.len() / (4 * TILE_ROWS)];
-    for (lane, row) in rows.enumerate() {
+/// Numbers of FP8, which bf16 holds as they are.
+fn pack_as_bf16(source: &dyn Source, rows: Range<usize>, out: &mut [u8]) {
+    let mut values = vec![0f32; out.len() / (2 * TILE_ROWS)];
+    let of_row = |row| -> Vec<u8> {
         source.row_f32(row, &mut values);
-        for (column, value) in out.chunks_exact_mut(4 * TILE_ROWS).zip(&values) {
-            column[4 * lane..4 * lane + 4].copy_from_slice(&value.to_ne_bytes());
-        }
+        values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect()
+    };
+    let rows: Vec<Vec<u8>> = rows.map(of_row).collect();
+    let mut bytes: [&[u8]; TILE_ROWS] = [&[]; TILE_ROWS];
+    for (bytes, row) in bytes.iter_mut().zip(&rows) {
+        *bytes = row;
     }
+    interleave::<4>(&bytes[..rows.len()], out);
 }
 
 /// Puts elements of N bytes of up to 16 rows side by side, a stretch of columns at a time: the

@@ -64,7 +64,7 @@ impl Figure {
 /// `precision` are the integers.
 ///
 /// # Panics
-/// If a shape cannot be.
+/// If a shape cannot be, or the format is that of no file.
 pub fn measure(
     pool: &mut Pool,
     far: &Buffer,
@@ -129,6 +129,7 @@ impl Random {
             Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => (&[1], 0x0c),
             Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => (&[1, 3], 0x0c),
             Format::Q6K => (&[209], 0x0c),
+            Format::Fp8 => unreachable!("a processor keeps FP8 as bf16"),
         };
         for block in bytes.chunks_exact_mut(format.block_bytes()) {
             floats.iter().for_each(|&at| block[at] = each);

@@ -1,6 +1,7 @@
 //! Weight formats: how a row of a checkpoint tensor is cut into blocks of bytes.
 
-/// A tensor format of GGUF files. Names, ids and layouts are ggml's (`ggml.h`, `ggml-common.h`).
+/// How the weights of a tensor are kept. Names, ids and layouts of what GGUF files have are ggml's
+/// (`ggml.h`, `ggml-common.h`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Format {
     F32,
@@ -14,10 +15,12 @@ pub enum Format {
     Q4K,
     Q5K,
     Q6K,
+    /// Of no file: [`fp8`].
+    Fp8,
 }
 
 impl Format {
-    /// All of them, in reading order.
+    /// All that files have, in reading order.
     pub const ALL: [Self; 11] = [
         Self::F32,
         Self::F16,
@@ -35,12 +38,13 @@ impl Format {
     /// The format of a ggml type id, if Evener knows it.
     #[must_use]
     pub fn from_ggml(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|format| format.ggml_id() == id)
+        Self::ALL.into_iter().find(|format| format.ggml_id() == Some(id))
     }
 
+    /// None of what no file has.
     #[must_use]
-    pub fn ggml_id(self) -> u32 {
-        match self {
+    pub fn ggml_id(self) -> Option<u32> {
+        Some(match self {
             Self::F32 => 0,
             Self::F16 => 1,
             Self::Q4_0 => 2,
@@ -52,7 +56,8 @@ impl Format {
             Self::Q5K => 13,
             Self::Q6K => 14,
             Self::Bf16 => 30,
-        }
+            Self::Fp8 => return None,
+        })
     }
 
     #[must_use]
@@ -69,6 +74,7 @@ impl Format {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::Fp8 => "FP8",
         }
     }
 
@@ -76,13 +82,13 @@ impl Format {
     #[must_use]
     pub fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Fp8 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
     }
 
-    /// Bytes of one block.
+    /// Bytes of one block; of FP8 without the row's scale.
     #[must_use]
     pub fn block_bytes(self) -> usize {
         match self {
@@ -96,6 +102,7 @@ impl Format {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::Fp8 => 1,
         }
     }
 }
@@ -105,6 +112,7 @@ pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod blocks;
+pub mod fp8;
 mod pack;
 pub(crate) mod portable;
 pub(crate) mod tiles;
@@ -127,8 +135,7 @@ pub(crate) use q5_k::Q5K;
 pub(crate) use q6_k::Q6K;
 pub(crate) use q8_0::Q8_0;
 
-/// Runs one body for the [`blocks::Blocks`] of a format, or another for formats that are held as
-/// f32.
+/// Runs one body for the [`blocks::Blocks`] of a format, or another for formats of floats.
 macro_rules! with_blocks {
     ($format:expr, $B:ident => $body:expr, _ => $other:expr) => {
         match $format {
@@ -166,7 +173,8 @@ macro_rules! with_blocks {
             }
             $crate::quant::Format::F32
             | $crate::quant::Format::F16
-            | $crate::quant::Format::Bf16 => $other,
+            | $crate::quant::Format::Bf16
+            | $crate::quant::Format::Fp8 => $other,
         }
     };
 }

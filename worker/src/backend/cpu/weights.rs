@@ -73,7 +73,7 @@ pub fn load(
                 vectors.push(values);
                 index.push(vectors.len() - 1);
             }
-            Role::Table | Role::Matrix => {
+            Role::Table | Role::Matrix | Role::Head => {
                 unpacked.push(slice);
                 index.push(unpacked.len() - 1);
             }

@@ -54,7 +54,7 @@ impl Weights {
                     loaded.vectors.push(device.holding(&values)?);
                     done += slice.n_bytes() as u64;
                 }
-                Role::Table | Role::Matrix => {
+                Role::Table | Role::Matrix | Role::Head => {
                     loaded.index.push(loaded.matrices.len());
                     loaded.matrices.push(matrix(device, slice, &mut done, total, progress)?);
                 }

@@ -95,7 +95,8 @@ impl Writer {
                 if tensor.is_vector { &[tensor.columns] } else { &[tensor.columns, tensor.rows] };
             head.extend((dimensions.len() as u32).to_le_bytes());
             dimensions.iter().for_each(|&d| head.extend((d as u64).to_le_bytes()));
-            head.extend(tensor.format.ggml_id().to_le_bytes());
+            let id = tensor.format.ggml_id().expect("a format of files");
+            head.extend(id.to_le_bytes());
             head.extend((offset as u64).to_le_bytes());
             offset += tensor.n_bytes().next_multiple_of(ALIGNMENT);
         }

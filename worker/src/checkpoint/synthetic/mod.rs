@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use evener_kernels::quant::Format;
 
+use super::Kept;
 use super::bytes::{FileBytes, Piece};
 use gguf::{Tensor, Writer};
 use pattern::Patterns;
@@ -93,8 +94,10 @@ impl Shape {
 /// The formats of a model's matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mix {
-    /// All in one.
+    /// All in one that files have.
     Plain(Format),
+    /// BF16, of which the layers are kept in FP8.
+    Fp8,
     /// As llama.cpp mixes Q4_K_M: Q4_K, but Q6_K for the head, the first and last eighth of the
     /// layers' attn_v and ffn_down and every third between.
     Q4KM,
@@ -133,23 +136,28 @@ fn formats() -> String {
 impl Mix {
     /// All that can be asked for by name.
     pub fn all() -> impl Iterator<Item = Self> {
-        Format::ALL.into_iter().map(Self::Plain).chain([Self::Q4KM])
+        Format::ALL.into_iter().map(Self::Plain).chain([Self::Fp8, Self::Q4KM])
     }
 
     fn of_layer(self, name: &str, layer: usize, n_layers: usize) -> Format {
-        let Self::Plain(format) = self else {
-            let eighth = n_layers / 8;
-            let is_more =
-                layer < eighth || layer >= 7 * n_layers / 8 || (layer - eighth.min(layer)) % 3 == 2;
-            let is_sensitive = matches!(name, "attn_v" | "ffn_down");
-            return if is_more && is_sensitive { Format::Q6K } else { Format::Q4K };
-        };
-        format
+        match self {
+            Self::Plain(format) => format,
+            Self::Fp8 => Format::Bf16,
+            Self::Q4KM => {
+                let eighth = n_layers / 8;
+                let is_more = layer < eighth
+                    || layer >= 7 * n_layers / 8
+                    || (layer - eighth.min(layer)) % 3 == 2;
+                let is_sensitive = matches!(name, "attn_v" | "ffn_down");
+                if is_more && is_sensitive { Format::Q6K } else { Format::Q4K }
+            }
+        }
     }
 
     fn of_head(self) -> Format {
         match self {
             Self::Plain(format) => format,
+            Self::Fp8 => Format::Bf16,
             Self::Q4KM => Format::Q6K,
         }
     }
@@ -157,7 +165,16 @@ impl Mix {
     fn of_table(self) -> Format {
         match self {
             Self::Plain(format) => format,
+            Self::Fp8 => Format::Bf16,
             Self::Q4KM => Format::Q4K,
+        }
+    }
+
+    /// What becomes of its weights when they are loaded.
+    pub(super) fn kept(self) -> Kept {
+        match self {
+            Self::Fp8 => Kept::Fp8,
+            Self::Plain(_) | Self::Q4KM => Kept::AsStored,
         }
     }
 
@@ -173,8 +190,8 @@ impl Mix {
             Self::Plain(Format::Q5_0) => Some(8),
             Self::Plain(Format::Q5_1) => Some(9),
             Self::Plain(Format::Q6K) => Some(18),
-            Self::Plain(Format::Bf16) => Some(32),
-            Self::Plain(Format::Q4K | Format::Q5K) => None,
+            Self::Plain(Format::Bf16) | Self::Fp8 => Some(32),
+            Self::Plain(Format::Q4K | Format::Q5K | Format::Fp8) => None,
         }
     }
 }
@@ -183,6 +200,7 @@ impl fmt::Display for Mix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain(format) => f.write_str(&format.name().to_lowercase()),
+            Self::Fp8 => f.write_str("fp8"),
             Self::Q4KM => f.write_str("q4_k_m"),
         }
     }

@@ -46,7 +46,7 @@ pub(super) fn compile(config: &ModelConfig, split: &Split, rank: usize) -> Progr
     let weight = builder.vector(&mut program, "output_norm.weight".to_owned());
     builder.norm(&mut program, delta, weight);
     let head = if config.tied_head { "token_embd.weight" } else { "output.weight" };
-    let weight = program.weight(builder.table(head, Role::Matrix));
+    let weight = program.weight(builder.table(head, Role::Head));
     program.op(Op::Head { input: builder.buffers.normed, weight });
     program
 }
