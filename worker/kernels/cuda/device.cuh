@@ -58,10 +58,10 @@ DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x,
 // Whether it is so in any lane of the warp; all 32 take part.
 DEVICE bool any_of_warp(bool is_so) { return __any_sync(0xffffffffu, is_so); }
 
-// 2^x to about 22 bits; 0 of minus infinity.
+// 2^x to about 22 bits; 0 where that is below the normal numbers, and of minus infinity.
 DEVICE float power_of_two(float x) {
     float y;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -108,6 +108,13 @@ DEVICE uint2 halves_of_e4m3(u32 four) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(halves.y) : "r"(of_high), "r"(0x5c005c00u));
 #endif
     return halves;
+}
+
+// Two at once, the first lowest. (PTX ISA, "cvt".)
+DEVICE u32 float_to_halves(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
 }
 
 // c += a * b, with a [16, 16] and b [16, 8] of 16-bit floats, two in a register, the lower column lowest. Lane 4g + t

@@ -337,6 +337,7 @@ DEVICE u16 float_to_half(float x) {
     const u32 n = (u32)nearbyintf(magnitude / step); // 0 to 2048
     return sign | (u16)(((u32)(exponent + 14) << 10) + n);
 }
+DEVICE u32 float_to_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 
 DEVICE uint2 halves_of_e4m3(u32 four) {
     u32 halves[4];

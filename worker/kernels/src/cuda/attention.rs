@@ -17,8 +17,12 @@ pub const fn split_len(kv_format: Format) -> usize {
     }
 }
 
-/// Query vectors that one block of [`attend_tiles`] takes of each KV head.
-pub const TILE_VECTORS: usize = 64;
+/// Query vectors that one block of [`attend_tiles`] takes of a KV head.
+#[must_use]
+pub const fn tile_vectors(head_dim: usize) -> usize {
+    if head_dim <= 128 { 128 } else { 64 }
+}
+
 /// A slot that is none: its row is not written.
 pub const NO_SLOT: u32 = u32::MAX;
 /// Words of an [`Item`] and of a [`Tile`].
@@ -54,8 +58,9 @@ impl Item {
     }
 }
 
-/// Query vectors of one sequence's rows, for one block of [`attend_tiles`]; counted row by row, the
-/// query heads of a KV head side by side.
+/// Query vectors of one sequence's rows, whose positions follow each other, for one block of
+/// [`attend_tiles`]: [`tile_vectors`] from `first_vector` on, counted row by row, the query heads of
+/// a KV head side by side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tile {
     pub first_row: u32,
@@ -309,8 +314,17 @@ pub fn merge(
     unsafe { launch(parts.numbers.device(), kernels::MERGE_ATTENDED, geometry, arguments) }
 }
 
+/// What a block of `attend_tiles` shares: two stages of keys and values, how many positions each
+/// vector sees and four words more, and queries that do not stay in registers.
+const fn tile_shared_bytes(head_dim: usize) -> usize {
+    let stage = if head_dim <= 128 { 64 } else { 32 };
+    let queries = if head_dim <= 64 { 0 } else { tile_vectors(head_dim) * head_dim };
+    2 * stage * head_dim * 4 + 4 * (tile_vectors(head_dim) + 4) + 2 * queries
+}
+
 /// Causal attention of many rows of a sequence at once, on tensor cores; of a cache in f16. `tiles`:
-/// [`Tile`]s as words; `out`: `[rows, n_heads, head_dim]`.
+/// [`Tile`]s as words, those of the longest contexts first, that the last to run are short; `out`:
+/// `[rows, n_heads, head_dim]`.
 ///
 /// # Errors
 /// The device failed.
@@ -340,7 +354,9 @@ pub fn attend_tiles(
         .number(*n_heads)
         .number(*n_kv_heads)
         .float(queries.scale);
-    let geometry = Geometry::new(tiles.len / WORDS, *n_kv_heads, 1);
+    // All KV heads of the first tile, then of the next: the plan puts the longest first.
+    let geometry = Geometry::new(*n_kv_heads, tiles.len / WORDS, 1);
+    let geometry = geometry.shared_floats(tile_shared_bytes(cache.shape.head_dim) / 4);
     // SAFETY: rows and blocks are in their buffers, as `Rows` says; an output as asserted.
     unsafe { launch(cache.pages.device(), kernels::ATTEND_TILES, geometry, arguments) }
 }

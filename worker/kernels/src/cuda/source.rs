@@ -7,7 +7,7 @@ const DEVICE: &str = include_str!("../../cuda/device.cuh");
 const EMULATOR: &str = include_str!("../../cuda/emulator.hpp");
 
 /// In the order in which they build on each other.
-const KERNELS: [(&str, &str); 9] = [
+const KERNELS: [(&str, &str); 10] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("activations.cu", include_str!("../../cuda/activations.cu")),
     ("rows.cu", include_str!("../../cuda/rows.cu")),
@@ -17,6 +17,7 @@ const KERNELS: [(&str, &str); 9] = [
     ("fp8.cu", include_str!("../../cuda/fp8.cu")),
     ("cache.cu", include_str!("../../cuda/cache.cu")),
     ("attention.cu", include_str!("../../cuda/attention.cu")),
+    ("tiles.cu", include_str!("../../cuda/tiles.cu")),
 ];
 
 /// What the kernels are compiled for, beside the machine.

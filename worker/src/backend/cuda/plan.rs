@@ -1,7 +1,9 @@
 //! What a step's kernels are told (pure): the batch as words for device memory, who attends by which
 //! kernel, and the bucket whose graph the step may run by.
 
-use evener_kernels::cuda::attention::{Item, NO_SLOT, TILE_VECTORS, Tile, WORDS};
+use std::cmp::Reverse;
+
+use evener_kernels::cuda::attention::{Item, NO_SLOT, Tile, WORDS};
 
 use crate::backend::{Batch, KV_BLOCK_LEN, Span};
 
@@ -26,6 +28,8 @@ pub(super) struct Bounds {
     pub(super) split: u32,
     /// Whether `attend_tiles` can read the cache.
     pub(super) has_tiles: bool,
+    /// Query vectors of a tile.
+    pub(super) tile_vectors: usize,
 }
 
 /// All sizes of a step's launches: steps of one size can share a graph.
@@ -151,10 +155,12 @@ impl Plan {
             assert!(last as usize / KV_BLOCK_LEN < span.n_blocks as usize, "blocks for positions");
             if tiled(span, bounds) {
                 let n_vectors = span.n_rows as usize * bounds.group;
-                tiles.extend((0..n_vectors).step_by(TILE_VECTORS).map(|first_vector| Tile {
-                    first_row: span.first_row,
-                    n_rows: span.n_rows,
-                    first_vector: first_vector as u32,
+                tiles.extend((0..n_vectors).step_by(bounds.tile_vectors).map(|first_vector| {
+                    Tile {
+                        first_row: span.first_row,
+                        n_rows: span.n_rows,
+                        first_vector: first_vector as u32,
+                    }
                 }));
             } else {
                 splits.extend(rows.map(|row| {
@@ -164,6 +170,11 @@ impl Plan {
                 }));
             }
         }
+        // Longest contexts first: what runs last is short, and leaves few of the card waiting.
+        tiles.sort_unstable_by_key(|tile| {
+            let row = tile.first_row + tile.first_vector / bounds.group as u32;
+            (Reverse(batch.positions[row as usize]), tile.first_row, tile.first_vector)
+        });
         assert!(splits.len() <= bounds.max_items, "an item for each row at least");
         // Some items, for they run side by side; at least one for each row.
         let most = bounds.enough_items.max(splits.len()).min(bounds.max_items);
@@ -243,6 +254,7 @@ mod tests {
         group: 3,
         split: 256,
         has_tiles: true,
+        tile_vectors: 64,
     };
 
     /// Spans of (first position, rows), each with blocks of its own; each row's last is sampled.
@@ -312,17 +324,30 @@ mod tests {
                 assert_eq!(next, if is_tiled { 0 } else { due }, "{spans:?} row {row}");
             }
             for span in batch.spans.iter().filter(|s| s.n_rows >= LEAST_TILED_ROWS) {
-                let firsts: Vec<u32> = plan
+                let mut firsts: Vec<u32> = plan
                     .tiles
                     .iter()
                     .filter(|tile| tile.first_row == span.first_row)
                     .map(|tile| tile.first_vector)
                     .collect();
-                let n = (span.n_rows as usize * BOUNDS.group).div_ceil(TILE_VECTORS);
-                let want: Vec<u32> = (0..n).map(|i| (i * TILE_VECTORS) as u32).collect();
+                firsts.sort_unstable();
+                let n = (span.n_rows as usize * BOUNDS.group).div_ceil(BOUNDS.tile_vectors);
+                let want: Vec<u32> = (0..n).map(|i| (i * BOUNDS.tile_vectors) as u32).collect();
                 assert_eq!(firsts, want);
             }
         }
+    }
+
+    #[test]
+    fn tiles_of_the_longest_contexts_come_first() {
+        let bounds = Bounds { max_tokens: 200, group: 4, ..BOUNDS };
+        let mut plan = Plan::default();
+        plan.make(&batch(&[(0, 40), (90, 20), (8, 33)]), &bounds, false);
+        let got: Vec<(u32, u32)> =
+            plan.tiles.iter().map(|tile| (tile.first_row, tile.first_vector)).collect();
+        // They begin at positions 106, 90; 40, 32; 24, 16; 8, 0 of their sequences.
+        let want = [(40, 64), (40, 0), (60, 128), (0, 128), (60, 64), (0, 64), (60, 0), (0, 0)];
+        assert_eq!(got, want);
     }
 
     #[test]

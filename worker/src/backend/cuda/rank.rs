@@ -108,6 +108,7 @@ fn bounds(program: &Program, options: &Options, n_kv_blocks: usize) -> Bounds {
         group: groups.max().unwrap_or(0),
         split: attention::split_len(options.kv_format) as u32,
         has_tiles: options.kv_format == KvFormat::F16,
+        tile_vectors: attention::tile_vectors(program.head_dim),
     }
 }
 
