@@ -135,6 +135,24 @@ fn caches_of_every_kind_agree_with_plain_tensors() {
 }
 
 #[test]
+fn prompts_of_heads_of_any_number_and_size_agree_with_plain_tensors() {
+    // Tiles that are full, that end among a row's heads and that are nearly empty; contexts that end
+    // within a KV block, and begin long before the rows that are asked.
+    for (head_dim, n_heads, n_kv_heads) in [(64, 7, 1), (96, 4, 4), (128, 12, 2), (256, 5, 1)] {
+        let model = TinyModel {
+            format: GgmlDType::Q8_0,
+            hidden: 128,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            context_length: 200,
+            ..TinyModel::default()
+        };
+        check(&model, &[1], KvFormat::F16, 23, &[151, 67], TOLERANCE);
+    }
+}
+
+#[test]
 fn ranks_of_unequal_shares_agree_with_plain_tensors() {
     for shares in [&[1, 1][..], &[3, 1, 2]] {
         check(&TinyModel::default(), shares, KvFormat::F16, 5, &[12, 9], TOLERANCE);

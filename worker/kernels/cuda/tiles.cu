@@ -15,13 +15,9 @@
 #define STAGE_BLOCKS (HEAD_DIM <= 128 ? 4 : 2)
 #define STAGE (STAGE_BLOCKS * BLOCK_LEN)
 // Positions whose scores a warp holds at once.
-#ifndef AT_ONCE
 #define AT_ONCE 32
-#endif
 // Of the chunks of 32 columns of queries, those that stay in registers; the others are read again for every step.
-#ifndef KEPT
 #define KEPT (HEAD_DIM <= 64 ? CHUNKS : 0)
-#endif
 // Sixteen bytes each: of a KV block's keys or values, of a row of keys, of a stage's keys.
 #define BLOCK_UNITS (BLOCK_LEN * HEAD_DIM / 8)
 #define KEY_UNITS (HEAD_DIM / 8)
@@ -112,8 +108,7 @@ DEVICE void start(Attending& at) {
 }
 
 // The positions from `first_position` on, by online softmax (Milakov and Gimelshein 2018). `keys`, `values`: of the step, in
-// shared memory. `sees`: how many positions each vector sees, ascending; position 0 comes
-// first, and all see it.
+// shared memory. `sees`: how many positions each vector sees, ascending; position 0 comes first, and all see it.
 DEVICE void attend_step(Attending& at, const uint4* keys, const uint4* values, const uint4* queries, u32 first_position,
                         const u32* sees, u32 lane) {
     const u32 g = lane / 4, t = lane % 4;

@@ -218,6 +218,16 @@ impl<'a> Step<'a> {
     }
 }
 
+/// Makes the working memory of this thread, which would otherwise do so in the first step that has a
+/// part for it.
+pub(crate) fn prepare_thread() {
+    #[cfg(target_arch = "x86_64")]
+    {
+        amx::prepare_thread();
+        dense::amx::prepare_thread();
+    }
+}
+
 impl Job<'_> {
     fn tiles(&self, step: &Step<'_>, tiles: Range<usize>, rows: Range<usize>) {
         if let Weights::Dense(w) = &self.weight.weights {

@@ -62,6 +62,11 @@ impl Scratch {
     }
 }
 
+/// Makes this thread's working memory.
+pub(crate) fn prepare_thread() {
+    SCRATCH.with(|_| ());
+}
+
 /// Multiplies tiles with rows of TERMS terms.
 ///
 /// # Safety

@@ -79,6 +79,11 @@ impl Scratch {
     }
 }
 
+/// Makes this thread's working memory.
+pub(crate) fn prepare_thread() {
+    SCRATCH.with(|_| ());
+}
+
 /// Multiplies tiles with `rows` of the step, which begin a group. `store` gets the tile, part, row
 /// and sums.
 ///
