@@ -18,6 +18,7 @@ use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::model::{families, shard};
 
 use support::group::{Group, Meet, cuda, first_step};
+use support::logits::{compare, sequences};
 use support::tiny_model::TinyModel;
 
 /// Of the largest logit. The reference keeps f32; the cache keeps 11 bits, so do queries and weights
@@ -35,12 +36,6 @@ const DEMO_TOLERANCE: f32 = 2e-2;
 
 fn checkpoint(model: &TinyModel) -> Checkpoint {
     Checkpoint::from_bytes(FileBytes::Owned(model.bytes())).unwrap()
-}
-
-/// Sequences of tokens that a tiny model knows.
-fn sequences(lens: &[usize]) -> Vec<Vec<u32>> {
-    let token = |sequence: usize, at: usize| ((at * 37 + sequence * 11 + at * at) % 260) as u32;
-    lens.iter().enumerate().map(|(s, &len)| (0..len).map(|at| token(s, at)).collect()).collect()
 }
 
 /// Runs both backends over the same sequences and compares every logit.
@@ -61,17 +56,6 @@ fn check(
     });
     let about = format!("{:?}, {shares:?}, {kv_format:?}, chunk {chunk}, {lens:?}", model.format);
     compare(&want, &got, tolerance, &about);
-}
-
-fn compare(want: &[Vec<f32>], got: &[Vec<f32>], tolerance: f32, about: &str) {
-    for (want, got) in want.iter().zip(got) {
-        assert_eq!(want.len(), got.len());
-        let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
-        assert!(largest > 0.1, "logits of next to nothing show nothing");
-        let worst = want.iter().zip(got).map(|(want, got)| (want - got).abs());
-        let worst = worst.fold(0f32, |max, x| if x > max || x.is_nan() { x } else { max });
-        assert!(worst <= tolerance * largest, "{about}: off by {worst} of {largest}");
-    }
 }
 
 #[test]

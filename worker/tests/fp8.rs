@@ -15,6 +15,7 @@ use evener_worker::model::{families, shard};
 
 use support::gguf_writer::File;
 use support::group::{Group, Meet, cuda};
+use support::logits::{compare, sequences};
 use support::tiny_model::TinyModel;
 
 /// Of the largest logit. On a card activations have 11 bits, as the cache has; the reference keeps f32.
@@ -55,11 +56,6 @@ fn changed(model: &TinyModel, change: impl Fn(&mut [f32])) -> File {
     file
 }
 
-fn sequences(lens: &[usize]) -> Vec<Vec<u32>> {
-    let token = |sequence: usize, at: usize| ((at * 37 + sequence * 11 + at * at) % 260) as u32;
-    lens.iter().enumerate().map(|(s, &len)| (0..len).map(|at| token(s, at)).collect()).collect()
-}
-
 fn logits(
     checkpoint: &Checkpoint,
     kind: Kind,
@@ -73,17 +69,6 @@ fn logits(
     let kv_format = if kind == Kind::Cpu { KvFormat::F32 } else { KvFormat::F16 };
     let group = Group { kind, shares, threads: 1, chunk, kv_format };
     group.logits(checkpoint, &sequences)
-}
-
-fn compare(want: &[Vec<f32>], got: &[Vec<f32>], tolerance: f32, about: &str) {
-    for (want, got) in want.iter().zip(got) {
-        assert_eq!(want.len(), got.len());
-        let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
-        assert!(largest > 0.1, "logits of next to nothing show nothing");
-        let worst = want.iter().zip(got).map(|(want, got)| (want - got).abs());
-        let worst = worst.fold(0f32, |max, x| if x > max || x.is_nan() { x } else { max });
-        assert!(worst <= tolerance * largest, "{about}: off by {worst} of {largest}");
-    }
 }
 
 fn models() -> [TinyModel; 3] {

@@ -309,7 +309,10 @@ DEVICE bool any_of_warp(bool is_so) {
     return any;
 }
 
-DEVICE float power_of_two(float x) { return exp2f(x); }
+DEVICE float power_of_two(float x) {
+    const float y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
 
 DEVICE u32 transpose(u32 two) {
     u32(*all)[6] = emulator::exchange(&two, 1);

@@ -14,7 +14,7 @@
 // KV blocks of a stage: what comes to shared memory at once, while the stage before it is worked on.
 #define STAGE_BLOCKS (HEAD_DIM <= 128 ? 4 : 2)
 #define STAGE (STAGE_BLOCKS * BLOCK_LEN)
-// Positions whose scores a warp holds at once.
+// Positions whose scores a warp holds at once: of a row of values.
 #define AT_ONCE 32
 // Of the chunks of 32 columns of queries, those that stay in registers; the others are read again for every step.
 #define KEPT (HEAD_DIM <= 64 ? CHUNKS : 0)
@@ -112,8 +112,8 @@ DEVICE void start(Attending& at) {
 DEVICE void attend_step(Attending& at, const uint4* keys, const uint4* values, const uint4* queries, u32 first_position,
                         const u32* sees, u32 lane) {
     const u32 g = lane / 4, t = lane % 4;
-    // Scores of eight positions that are 8(i / 2) + i % 2 and 2j of 32: so lane t has those of 8t to 8t + 7, of which its units
-    // of values are.
+    // Tile n of scores is of positions 8(i / 2) + i % 2 + 2n, for i of 0 to 7: so lane t has those of 8t to 8t + 7, of which its
+    // units of values are.
     float scores[SIXTEENS][AT_ONCE / 8][4];
 #pragma unroll
     for (int m = 0; m < SIXTEENS; m++) {
@@ -142,24 +142,19 @@ DEVICE void attend_step(Attending& at, const uint4* keys, const uint4* values, c
             const int next_c = (s + 1) / (AT_ONCE / 16), next_n = (s + 1) % (AT_ONCE / 16) * 2;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const u32 at_row = next_n / 4 * 32 + (next_n % 4 + j) * 2 + row;
-                k[(s + 1) % 2][j] = keys[at_row * KEY_UNITS + key_unit(next_c * 4 + t, row)];
+                k[(s + 1) % 2][j] = keys[(row + 2 * (next_n + j)) * KEY_UNITS + key_unit(next_c * 4 + t, row)];
             }
         }
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int i = 0; i < 2; i++) {
 #pragma unroll
-            for (int m = 0; m < SIXTEENS; m++) {
-                const uint4 a = q[m][0];
-                mma_f16(scores[m][n + j], a.x, a.y, a.z, a.w, k[s % 2][j].x, k[s % 2][j].y);
-            }
-        }
+            for (int j = 0; j < 2; j++) {
+                const uint4 key = k[s % 2][j];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-#pragma unroll
-            for (int m = 0; m < SIXTEENS; m++) {
-                const uint4 a = q[m][1];
-                mma_f16(scores[m][n + j], a.x, a.y, a.z, a.w, k[s % 2][j].z, k[s % 2][j].w);
+                for (int m = 0; m < SIXTEENS; m++) {
+                    const uint4 a = q[m][i];
+                    mma_f16(scores[m][n + j], a.x, a.y, a.z, a.w, i ? key.z : key.x, i ? key.w : key.y);
+                }
             }
         }
     }
@@ -168,7 +163,7 @@ DEVICE void attend_step(Attending& at, const uint4* keys, const uint4* values, c
         for (int m = 0; m < SIXTEENS; m++) {
 #pragma unroll
             for (int n = 0; n < AT_ONCE / 8; n++) {
-                const u32 position = first_position + n / 4 * 32 + 8 * t + n % 4 * 2;
+                const u32 position = first_position + 8 * t + 2 * n;
                 for (int i = 0; i < 4; i++) {
                     // What lies beyond is unknown, and may be no number.
                     if (position + i % 2 >= sees[m * 16 + i / 2 * 8 + g]) scores[m][n][i] = MINUS_INFINITY;
@@ -228,12 +223,10 @@ DEVICE void attend_step(Attending& at, const uint4* keys, const uint4* values, c
     uint4 v[2][2];
     for (int j = 0; j < 2; j++) v[0][j] = value[j * 8 * 4];
 #pragma unroll
-    for (int s = 0; s < AT_ONCE / 32 * HEAD_DIM / 16; s++) {
-        const int n = s / (HEAD_DIM / 16) * 4, c = s % (HEAD_DIM / 16) * 2;
-        if (s + 1 < AT_ONCE / 32 * HEAD_DIM / 16) {
-            const int next_n = (s + 1) / (HEAD_DIM / 16), next_c = (s + 1) % (HEAD_DIM / 16) * 2;
+    for (int s = 0; s < HEAD_DIM / 16; s++) {
+        if (s + 1 < HEAD_DIM / 16) {
 #pragma unroll
-            for (int j = 0; j < 2; j++) v[(s + 1) % 2][j] = value[(next_n * HEAD_DIM + (next_c + j) * 8) * 4];
+            for (int j = 0; j < 2; j++) v[(s + 1) % 2][j] = value[(2 * (s + 1) + j) * 8 * 4];
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -242,8 +235,8 @@ DEVICE void attend_step(Attending& at, const uint4* keys, const uint4* values, c
                 const uint4 these = v[s % 2][j];
 #pragma unroll
                 for (int m = 0; m < SIXTEENS; m++) {
-                    const u32 *w = weights[m][n + 2 * i], *w_2 = weights[m][n + 2 * i + 1];
-                    mma_f16(at.sums[m][c + j], w[0], w[1], w_2[0], w_2[1], i ? these.z : these.x, i ? these.w : these.y);
+                    const u32 *w = weights[m][2 * i], *w_2 = weights[m][2 * i + 1];
+                    mma_f16(at.sums[m][2 * s + j], w[0], w[1], w_2[0], w_2[1], i ? these.z : these.x, i ? these.w : these.y);
                 }
             }
         }

@@ -218,14 +218,16 @@ impl<'a> Step<'a> {
     }
 }
 
-/// Makes the working memory of this thread, which would otherwise do so in the first step that has a
-/// part for it.
-pub(crate) fn prepare_thread() {
-    #[cfg(target_arch = "x86_64")]
-    {
-        amx::prepare_thread();
-        dense::amx::prepare_thread();
-    }
+/// Makes the working memory of a pool's threads. Any other would make its own in the first step that
+/// has a part for it.
+pub fn prepare(pool: &mut Pool) {
+    pool.run(&|_| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            amx::prepare_thread();
+            dense::amx::prepare_thread();
+        }
+    });
 }
 
 impl Job<'_> {

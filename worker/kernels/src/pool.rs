@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::{cores, linear};
+use crate::cores;
 
 /// A wait spins this long: longer than what lies between two jobs of a step, or two steps.
 const SPIN: Duration = Duration::from_micros(200);
@@ -78,7 +78,6 @@ impl Pool {
     }
 
     fn start(n_threads: usize, spin: bool, cores: &[usize]) -> Self {
-        linear::prepare_thread();
         let shared = Arc::new(Shared {
             generation: Line(AtomicU64::new(0)),
             job: UnsafeCell::new(None),
@@ -100,7 +99,6 @@ impl Pool {
                         if let Some(core) = core {
                             let _ = cores::pin(&[core]);
                         }
-                        linear::prepare_thread();
                         shared.help(index);
                     })
                     .expect("the system refused a thread")

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 
 use candle_core::{D, Device, Tensor};
 use evener_collective::{Collective, Tag};
+use evener_kernels::quant::Format;
 
 use crate::checkpoint::Checkpoint;
 use crate::model::config::{Rope, RopePairs};
@@ -76,7 +77,6 @@ fn dequantize(checkpoint: &Checkpoint, weight: &Weight) -> Result<Tensor, LoadEr
     if slice.rows == 0 || slice.columns == 0 {
         return Ok(Tensor::zeros((slice.rows, slice.columns), candle_core::DType::F32, &device)?);
     }
-    use evener_kernels::quant::Format;
     if slice.format != slice.stored {
         let mut numbers = vec![0.0; slice.rows * slice.columns];
         for (row, out) in numbers.chunks_exact_mut(slice.columns).enumerate() {

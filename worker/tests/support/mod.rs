@@ -4,6 +4,7 @@
 
 pub mod gguf_writer;
 pub mod group;
+pub mod logits;
 pub mod serving;
 pub mod tiny_model;
 

@@ -15,9 +15,9 @@ use crate::quant::blocks::RUN;
 const FEW_TOKENS: usize = TOKEN_TILE;
 const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// The most tokens that kernels of this crate take where cublasLt could: with weights of bf16, which
-/// it takes as they are, and with integers, which are first turned to bf16.
+/// it takes as they are, and with others, which are first turned to bf16.
 const MOST_DENSE_TOKENS: usize = 8;
-const MOST_INTEGER_TOKENS: usize = 48;
+const MOST_OTHER_TOKENS: usize = 48;
 /// Floats of a warp's ring, and of a step at most: of eight bits (`stream.cu`, `quantised.cu`).
 const RING: usize = 4 * 288;
 const STAGE: usize = 4 * 136;
@@ -94,7 +94,7 @@ pub(super) fn route(matrix: &Matrix, n_tokens: usize, device: &Device) -> Route 
     let is_many = |most| n_tokens > most && device.driver().has_gemm();
     let of = |few, many| if n_tokens <= FEW_TOKENS { few } else { many };
     match (&matrix.weights, kernels::of_format(matrix.format).linear) {
-        (Weights::Quantised(_) | Weights::Fp8(_), _) if is_many(MOST_INTEGER_TOKENS) => Route::Gemm,
+        (Weights::Quantised(_) | Weights::Fp8(_), _) if is_many(MOST_OTHER_TOKENS) => Route::Gemm,
         (Weights::Halves(_), Linear::Tiles { .. }) if is_many(MOST_DENSE_TOKENS) => Route::Gemm,
         (Weights::Quantised(_) | Weights::Fp8(_), Linear::Tiles { few, many, .. }) => {
             Route::Halves(of(few, many))

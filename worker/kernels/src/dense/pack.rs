@@ -53,11 +53,7 @@ impl Dense {
 
 /// What a format without integer kernels is held as: numbers of FP8 are numbers of bf16 too.
 pub(crate) fn format_of(source: Format) -> Format {
-    match source {
-        Format::Bf16 | Format::F16 => source,
-        Format::Fp8 => Format::Bf16,
-        _ => Format::F32,
-    }
+    if source == Format::Fp8 { Format::Bf16 } else { source }
 }
 
 /// Bytes of a tile.

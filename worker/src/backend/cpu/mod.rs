@@ -97,7 +97,8 @@ struct Rank {
 
 impl Rank {
     fn new(loaded: Cpu, n_kv_blocks: usize) -> std::io::Result<Self> {
-        let Cpu { weights, options, isa, pool } = loaded;
+        let Cpu { weights, options, isa, mut pool } = loaded;
+        linear::prepare(&mut pool);
         let program = &weights.program;
         let tokens = options.max_batch_tokens;
         let widest = program.buffers.iter().map(|b| b.columns).max().unwrap_or(0);

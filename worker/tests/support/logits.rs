@@ -1,0 +1,19 @@
+//! Sequences of tokens, and how near the logits of two runs over them are.
+
+/// Sequences of so many tokens that a tiny model knows.
+pub fn sequences(lens: &[usize]) -> Vec<Vec<u32>> {
+    let token = |sequence: usize, at: usize| ((at * 37 + sequence * 11 + at * at) % 260) as u32;
+    lens.iter().enumerate().map(|(s, &len)| (0..len).map(|at| token(s, at)).collect()).collect()
+}
+
+/// Asserts that no logit is further off than `tolerance` of the largest of its sequence.
+pub fn compare(want: &[Vec<f32>], got: &[Vec<f32>], tolerance: f32, about: &str) {
+    for (want, got) in want.iter().zip(got) {
+        assert_eq!(want.len(), got.len());
+        let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
+        assert!(largest > 0.1, "logits of next to nothing show nothing");
+        let worst = want.iter().zip(got).map(|(want, got)| (want - got).abs());
+        let worst = worst.fold(0f32, |max, x| if x > max || x.is_nan() { x } else { max });
+        assert!(worst <= tolerance * largest, "{about}: off by {worst} of {largest}");
+    }
+}
