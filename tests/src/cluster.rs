@@ -212,7 +212,7 @@ impl Builder {
 
     fn start_separately(&self, cluster: &mut Cluster) {
         let ports = [Reserved::new(), Reserved::new()];
-        let [listen, registry_listen] = ports.each_ref().map(Reserved::address);
+        let [listen, registry_listen] = ports.each_ref().map(|port| port.address().to_string());
         let registry = self.registry_flag(cluster);
         let workers_registry = match self.registry {
             Registry::Embedded => format!("embedded://{registry_listen}"),

@@ -20,7 +20,7 @@ impl Etcd {
     pub async fn start(mark: &str) -> Self {
         let data = tempfile::tempdir().expect("a temporary directory");
         let ports = [Reserved::new(), Reserved::new()];
-        let [client, peer] = ports.each_ref().map(Reserved::address);
+        let [client, peer] = ports.each_ref().map(|port| port.address().to_string());
         let (client_url, peer_url) = (format!("http://{client}"), format!("http://{peer}"));
         let dir = data.path().display().to_string();
         let args = [

@@ -16,6 +16,7 @@ pub use binary::{evener, model, root};
 pub use cluster::{Builder, Cluster, Registry};
 pub use etcd::Etcd;
 pub use http::{Api, End, Stream, raw_request, text_of};
+pub use ports::Reserved;
 pub use process::{Ended, Process, living_processes_marked};
 
 use std::time::Duration;

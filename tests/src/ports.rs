@@ -6,7 +6,7 @@ use tokio::net::TcpSocket;
 
 /// A free port of this machine. While this lives the system gives it to no one who asks for any,
 /// and one process may listen on it: the socket here is bound and never listens.
-pub(crate) struct Reserved {
+pub struct Reserved {
     _socket: TcpSocket,
     address: SocketAddr,
 }
@@ -14,7 +14,9 @@ pub(crate) struct Reserved {
 impl Reserved {
     /// # Panics
     /// There is none.
-    pub(crate) fn new() -> Self {
+    #[must_use]
+    #[allow(clippy::new_without_default)] // each is another
+    pub fn new() -> Self {
         let socket = TcpSocket::new_v4().expect("a socket");
         // With it the process that listens may bind the same address, as all of ours and etcd do.
         socket.set_reuseaddr(true).expect("an option of every socket");
@@ -23,8 +25,8 @@ impl Reserved {
         Self { _socket: socket, address }
     }
 
-    /// host:port.
-    pub(crate) fn address(&self) -> String {
-        self.address.to_string()
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 }

@@ -12,6 +12,7 @@ use evener_coordinator::cluster::etcd::{self, Etcd};
 use evener_coordinator::cluster::registry::{Registry, Revision};
 use evener_proto::etcd as pb;
 use evener_proto::etcd::kv_client::KvClient;
+use evener_tests::Reserved;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -30,7 +31,7 @@ pub enum Kind {
 /// A running registry.
 pub struct Rig {
     kind: Kind,
-    address: SocketAddr,
+    port: Reserved,
     running: Running,
 }
 
@@ -42,13 +43,14 @@ enum Running {
 
 impl Rig {
     pub async fn start(kind: Kind) -> Self {
-        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let port = Reserved::new();
+        let address = port.address();
         let running = match kind {
-            Kind::Etcd => Running::Etcd(EtcdProcess::start(address.port())),
+            Kind::Etcd => Running::Etcd(EtcdProcess::start(address)),
             Kind::Embedded => Running::Embedded(store(0)),
             Kind::EmbeddedGrpc => serve(address, store(0)).await,
         };
-        let rig = Self { kind, address, running };
+        let rig = Self { kind, port, running };
         rig.answers().await;
         rig
     }
@@ -67,7 +69,7 @@ impl Rig {
     pub fn client(&self) -> Registry {
         match &self.running {
             Running::Embedded(embedded) => Registry::new(Arc::new(embedded.clone())),
-            Running::Etcd(_) | Running::Served { .. } => self.client_at(self.address),
+            Running::Etcd(_) | Running::Served { .. } => self.client_at(self.port.address()),
         }
     }
 
@@ -86,7 +88,7 @@ impl Rig {
     }
 
     pub fn url(&self) -> String {
-        self.url_at(self.address)
+        self.url_at(self.port.address())
     }
 
     pub fn url_at(&self, address: SocketAddr) -> String {
@@ -98,14 +100,14 @@ impl Rig {
     }
 
     pub async fn proxy(&self) -> Proxy {
-        Proxy::start(self.address).await
+        Proxy::start(self.port.address()).await
     }
 
     /// Forgets what happened before `revision`.
     pub async fn compact(&self, revision: Revision) {
         match &self.running {
             Running::Etcd(_) => {
-                let url = format!("http://{}", self.address);
+                let url = format!("http://{}", self.port.address());
                 let mut client = KvClient::connect(url).await.unwrap();
                 client.compact(pb::CompactionRequest { revision, physical: true }).await.unwrap();
             }
@@ -124,7 +126,7 @@ impl Rig {
                 stop.cancel();
                 task.await.unwrap();
                 let registry = registry.clone();
-                self.running = serve(self.address, registry).await;
+                self.running = serve(self.port.address(), registry).await;
             }
         }
         self.answers().await;
@@ -135,13 +137,13 @@ impl Rig {
         match &mut self.running {
             Running::Etcd(etcd) => {
                 etcd.kill();
-                *etcd = EtcdProcess::start(self.address.port());
+                *etcd = EtcdProcess::start(self.port.address());
             }
             Running::Embedded(_) => panic!("the embedded registry ends with its process"),
             Running::Served { stop, task, .. } => {
                 stop.cancel();
                 task.await.unwrap();
-                self.running = serve(self.address, store(0)).await;
+                self.running = serve(self.port.address(), store(0)).await;
             }
         }
         self.answers().await;
@@ -160,24 +162,19 @@ async fn serve(address: SocketAddr, registry: Embedded) -> Running {
     Running::Served { registry, stop, task }
 }
 
-pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 /// A real etcd with one member.
 struct EtcdProcess {
     child: Child,
-    port: u16,
-    peer_port: u16,
+    address: SocketAddr,
+    peer_port: Reserved,
     data: tempfile::TempDir,
 }
 
 impl EtcdProcess {
-    fn start(port: u16) -> Self {
-        let (peer_port, data) = (free_port(), tempfile::tempdir().unwrap());
-        let child = spawn_etcd(port, peer_port, data.path());
-        Self { child, port, peer_port, data }
+    fn start(address: SocketAddr) -> Self {
+        let (peer_port, data) = (Reserved::new(), tempfile::tempdir().unwrap());
+        let child = spawn_etcd(address, peer_port.address(), data.path());
+        Self { child, address, peer_port, data }
     }
 
     fn kill(&mut self) {
@@ -187,7 +184,7 @@ impl EtcdProcess {
 
     fn restart(&mut self) {
         self.kill();
-        self.child = spawn_etcd(self.port, self.peer_port, self.data.path());
+        self.child = spawn_etcd(self.address, self.peer_port.address(), self.data.path());
     }
 }
 
@@ -197,13 +194,12 @@ impl Drop for EtcdProcess {
     }
 }
 
-fn spawn_etcd(port: u16, peer_port: u16, data: &std::path::Path) -> Child {
+fn spawn_etcd(client: SocketAddr, peer: SocketAddr, data: &std::path::Path) -> Child {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/fetch-etcd");
     let found = Command::new(script).stderr(Stdio::inherit()).output().unwrap();
     assert!(found.status.success(), "scripts/fetch-etcd found no etcd");
     let etcd = String::from_utf8(found.stdout).unwrap();
-    let (client, peer) =
-        (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer_port}"));
+    let (client, peer) = (format!("http://{client}"), format!("http://{peer}"));
     Command::new(etcd.trim())
         .args(["--name", "one", "--log-level", "error", "--logger", "zap"])
         .arg("--data-dir")
