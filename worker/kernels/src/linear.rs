@@ -137,8 +137,11 @@ fn run(
     if projections.iter().any(|p| p.weight.is_quantised()) {
         scratch.quantise(pool, isa, x, rows, columns, sum.leaf_columns);
     }
-    if projections.iter().any(|p| dense::needs_terms(isa, p.weight.format, scratch.precision)) {
-        scratch.terms.fill(pool, isa, scratch.precision, x, columns);
+    let precision = scratch.precision;
+    let needs_terms = |p: &Projection<'_>| dense::needs_terms(isa, p.weight.format, precision);
+    let only_terms = projections.iter().all(needs_terms);
+    if projections.iter().any(needs_terms) {
+        scratch.terms.fill(pool, isa, precision, x, columns);
     }
     let mut jobs = [const { None }; MAX_PROJECTIONS];
     let mut n_tiles = [0; MAX_PROJECTIONS];
@@ -155,7 +158,9 @@ fn run(
     }
     let step = Step { isa, x, rows, scratch, sum };
     let n_tiles = &n_tiles[..n_matrices];
-    let pieces = Pieces::new(n_tiles, bytes, rows, step.chunk_rows(columns), pool.n_threads());
+    let (chunk_rows, least_tiles) = step.piece(columns, only_terms);
+    let n_threads = pool.n_threads();
+    let pieces = Pieces::new(n_tiles, bytes, least_tiles, rows, chunk_rows, n_threads);
     pool.run(&|thread| {
         while let Some(piece) = pieces.take(thread) {
             for (i, job) in jobs.iter().flatten().enumerate() {
@@ -198,10 +203,14 @@ struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Whole groups.
-    fn chunk_rows(&self, columns: usize) -> usize {
+    /// Rows of a piece, in whole groups, and the tiles that it has at least.
+    fn piece(&self, columns: usize, only_terms: bool) -> (usize, usize) {
+        let (columns, least_tiles) = match only_terms {
+            true => (columns.min(dense::SPAN_COLUMNS), dense::least_tiles(self.rows)),
+            false => (columns, 1),
+        };
         let rows = CHUNK_BYTES / (columns * self.scratch.precision.terms());
-        (rows / GROUP).max(MIN_GROUPS) * GROUP
+        ((rows / GROUP).max(MIN_GROUPS) * GROUP, least_tiles)
     }
 
     fn group(&self, group: usize) -> Group<'a> {

@@ -42,10 +42,12 @@ pub(crate) struct Piece {
 }
 
 impl<'a> Pieces<'a> {
-    /// Of matrices of so many tiles and so many bytes together.
+    /// Of matrices of so many tiles and so many bytes together; pieces have `least_tiles`, where a
+    /// thread has as many.
     pub(crate) fn new(
         n_tiles: &'a [usize],
         bytes: usize,
+        least_tiles: usize,
         rows: usize,
         chunk_rows: usize,
         n_threads: usize,
@@ -54,7 +56,10 @@ impl<'a> Pieces<'a> {
         let own_tiles: usize = n_tiles.iter().map(|n| n.div_ceil(n_owners)).sum();
         let per_owner = match n_threads {
             1 => 1,
-            _ => (bytes / (n_threads * PIECE_BYTES)).max(MIN_PIECES).min(own_tiles),
+            _ => (bytes / (n_threads * PIECE_BYTES))
+                .max(MIN_PIECES)
+                .min(own_tiles / least_tiles)
+                .max(1),
         };
         let n_pieces = rows.div_ceil(chunk_rows) * per_owner;
         let left = [const { Line(AtomicU64::new(0)) }; MAX_OWNERS];
@@ -115,9 +120,9 @@ mod tests {
     #[test]
     fn every_tile_of_every_row_is_taken_once_whoever_takes_it() {
         for n_tiles in [&[1][..], &[128], &[5, 1, 1], &[40, 7, 0, 300]] {
-            for (rows, chunk_rows) in [(1, 64), (130, 64)] {
+            for (rows, chunk_rows, least) in [(1, 64, 1), (130, 64, 1), (130, 64, 8)] {
                 for n_threads in [1, 2, 3, 7, 100] {
-                    let pieces = Pieces::new(n_tiles, 50 << 20, rows, chunk_rows, n_threads);
+                    let pieces = Pieces::new(n_tiles, 50 << 20, least, rows, chunk_rows, n_threads);
                     let mut taken: Vec<_> = n_tiles.iter().map(|n| vec![0; n * rows]).collect();
                     // Thread 0 is slow: it takes one piece where others take three.
                     let turns = (0..).flat_map(|turn| [0, 1, 1 + turn, 2 + 3 * turn]);

@@ -28,7 +28,10 @@ pub(crate) struct LeafEnd {
 }
 
 /// All windows of up to `len` blocks.
-pub(crate) fn windows<'a>(sum: &'a Sum<'_>, len: usize) -> impl Iterator<Item = Window> + 'a {
+pub(crate) fn windows<'a>(
+    sum: &'a Sum<'_>,
+    len: usize,
+) -> impl Iterator<Item = Window> + Clone + 'a {
     let leaf_blocks = sum.leaf_columns / BLOCK;
     let starts = (0..sum.merges.len())
         .flat_map(move |leaf| (0..leaf_blocks).step_by(len).map(move |start| (leaf, start)));
@@ -41,7 +44,7 @@ pub(crate) fn windows<'a>(sum: &'a Sum<'_>, len: usize) -> impl Iterator<Item = 
 }
 
 /// How far the sums have come.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Place {
     leaf: usize,
     part: usize,

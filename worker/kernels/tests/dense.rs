@@ -279,19 +279,47 @@ fn parts_of_a_split_sum_to_the_bits_of_the_whole() {
     }
 }
 
+/// Wide ones are multiplied a span of columns at a time, leaves longer and shorter than it, and many
+/// tiles and rows in several passes.
+#[test]
+fn a_wide_matrix_has_the_same_bits_for_a_row_alone_and_for_many() {
+    let (rows, columns, tokens) = (16 * 18 + 5, 4608, 300);
+    let random = Random::new(Format::Bf16, rows, columns);
+    let matrix = Matrix::pack(rows, columns, &random);
+    let x: Vec<f32> = input(tokens * columns / COLUMNS + 1)[..tokens * columns].to_vec();
+    for precision in [Precision::Int8, Precision::Int12] {
+        for leaf_columns in [128, 2304, 4608] {
+            let n_leaves = columns / leaf_columns;
+            let merges = balanced(n_leaves);
+            let sum = Sum { leaf_columns, part_leaves: &[n_leaves], merges: &merges };
+            let many = multiply_parts(Isa::detect(), 2, precision, &matrix, &x, &sum);
+            for token in [0, 17, 127, 128, 299] {
+                let x = &x[token * columns..(token + 1) * columns];
+                let alone = multiply_parts(Isa::detect(), 1, precision, &matrix, x, &sum);
+                let of_many = &many[token * rows..(token + 1) * rows];
+                assert_eq!(bits(&alone), bits(of_many), "{precision:?} {leaf_columns} {token}");
+            }
+        }
+    }
+}
+
 /// As the tile instruction has it: subnormals are zero.
 fn flush(x: f32) -> f32 {
     if x.is_subnormal() { 0.0 } else { x }
 }
 
-/// What `tdpbf16ps` is documented to do to one element, over blocks of 32 columns.
-fn tile_sum(weights: &[f32], x: &[f32]) -> f32 {
+/// What `tdpbf16ps` is documented to do to one element, over blocks of 32 columns with each term.
+fn tile_sum(weights: &[f32], terms: &[&[f32]]) -> f32 {
     let mut sum = 0.0;
-    for (w, x) in weights.chunks(32).zip(x.chunks(32)) {
-        let chain = |first: usize| {
-            (first..32).step_by(2).fold(0f32, |acc, k| flush(flush(w[k]).mul_add(flush(x[k]), acc)))
-        };
-        sum = flush(sum + flush(chain(0) + chain(1)));
+    for (b, w) in weights.chunks(32).enumerate() {
+        for term in terms {
+            let x = &term[b * 32..(b + 1) * 32];
+            let chain = |first: usize| {
+                let add = |acc, k: usize| flush(flush(w[k]).mul_add(flush(x[k]), acc));
+                (first..32).step_by(2).fold(0f32, add)
+            };
+            sum = flush(sum + flush(chain(0) + chain(1)));
+        }
     }
     sum
 }
@@ -305,8 +333,8 @@ fn defined(format: Format, precision: Precision, has_tiles: bool, w: &[f32], x: 
     let high: Vec<f32> = x.iter().map(|&x| rounded(x)).collect();
     let low: Vec<f32> = x.iter().zip(&high).map(|(x, high)| rounded(x - high)).collect();
     match (format, precision) {
-        (Format::Bf16, Precision::Int8) if has_tiles => tile_sum(w, &high),
-        (Format::Bf16, Precision::Int12) if has_tiles => tile_sum(w, &high) + tile_sum(w, &low),
+        (Format::Bf16, Precision::Int8) if has_tiles => tile_sum(w, &[&high]),
+        (Format::Bf16, Precision::Int12) if has_tiles => tile_sum(w, &[&high, &low]),
         (Format::Bf16, _) => {
             let x = if precision == Precision::Int8 { &high } else { x };
             let pairs = w.chunks(2).zip(x.chunks(2));

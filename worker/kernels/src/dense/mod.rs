@@ -77,6 +77,16 @@ pub(crate) fn needs_terms(isa: Isa, format: Format, precision: Precision) -> boo
     arithmetic(isa, format, precision) != Arithmetic::Wide
 }
 
+/// Columns of which a chunk of rows stays near: [`amx`] goes through wider matrices in spans of so
+/// many.
+pub(crate) const SPAN_COLUMNS: usize = 2048;
+
+/// Tiles that are worth taking at once for so many rows: pairs, and more of them where spans of
+/// activations are read again for each.
+pub(crate) fn least_tiles(rows: usize) -> usize {
+    if rows <= 2 * terms::GROUP { 2 } else { 8 }
+}
+
 /// Multiplies some tiles with some rows, which begin at a multiple of 16.
 pub(crate) fn run(
     isa: Isa,

@@ -42,6 +42,12 @@ impl Dense {
         &self.bytes[tile * each..(tile + 1) * each]
     }
 
+    /// Where a tile's byte is, or would be: to be fetched, not to be read.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn place(&self, tile: usize, byte: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(tile * self.tile_bytes() + byte)
+    }
+
     /// One row as f32. A zero is +0.
     pub(crate) fn dequantise(&self, row: usize, out: &mut [f32]) {
         let (w, lane) = (self.tile(row / TILE_ROWS), row % TILE_ROWS);

@@ -6,10 +6,10 @@ use crate::isa::{Isa, dispatch};
 use crate::memory::Memory;
 use crate::pool::{Pool, Shards, part};
 
-/// Rows of a tile register: 16 rows of activations, or 8 of two terms.
+/// Rows of activations side by side: those of a tile register.
 pub(crate) const GROUP: usize = 16;
 
-/// Numbers of a group's block.
+/// Numbers of one term of a group's block.
 pub(crate) const GROUP_BLOCK: usize = GROUP * BLOCK;
 
 /// One term of a row's block.
@@ -19,8 +19,10 @@ struct Line([u16; BLOCK]);
 /// Rows of activations in bf16. Memory comes with the first use: most models need none.
 #[derive(Debug, Default)]
 pub(crate) struct Terms {
-    /// `[row * terms / 16, column / 32, row * terms % 16, 32]`, bf16 bits; rows' terms side by side.
+    /// `[row / 16, column / 32, term, row % 16, 32]`, bf16 bits.
     memory: Option<Memory>,
+    /// Terms of a number.
+    n: usize,
 }
 
 impl Terms {
@@ -33,15 +35,15 @@ impl Terms {
         x: &[f32],
         columns: usize,
     ) {
-        let (rows, terms) = (x.len() / columns, precision.terms());
-        let n_groups = (rows * terms).div_ceil(GROUP);
-        let group_lines = columns / BLOCK * GROUP;
+        self.n = precision.terms();
+        let rows = x.len() / columns;
+        let n_groups = rows.div_ceil(GROUP);
+        let group_lines = columns / BLOCK * self.n * GROUP;
         let out = Shards::new(&mut self.lines_mut(n_groups * group_lines)[..]);
-        let per_group = GROUP / terms;
         let work = |groups: std::ops::Range<usize>| {
             for group in groups {
-                let first = group * per_group;
-                let x = &x[first * columns..rows.min(first + per_group) * columns];
+                let first = group * GROUP;
+                let x = &x[first * columns..rows.min(first + GROUP) * columns];
                 // SAFETY: each group is one thread's.
                 let out = unsafe { out.range(group * group_lines..(group + 1) * group_lines) };
                 match precision {
@@ -69,10 +71,10 @@ impl Terms {
         unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast(), n) }
     }
 
-    /// A group's blocks of 16 x 32.
+    /// A group's blocks, of each term 16 x 32.
     #[inline(always)]
     pub(crate) fn group(&self, group: usize, columns: usize) -> &[u16] {
-        let bytes = columns * GROUP * 2;
+        let bytes = columns * self.n * GROUP * 2;
         let memory: &[u8] = self.memory.as_deref().unwrap_or_default();
         let bytes = &memory[group * bytes..(group + 1) * bytes];
         // SAFETY: plain numbers; memory and groups begin on cache lines.
@@ -88,12 +90,12 @@ fn fill_group<const TERMS: usize>(isa: Isa, x: &[f32], columns: usize, out: &mut
         return unsafe { fill_group_avx512::<TERMS>(x, columns, out) };
     }
     dispatch!(isa, fn<TERMS>(x: &[f32], columns: usize, out: &mut [Line]) => {
-        for (b, lines) in out.chunks_exact_mut(GROUP).enumerate() {
-            for (x, lines) in x.chunks_exact(columns).zip(lines.chunks_exact_mut(TERMS)) {
+        for (b, lines) in out.chunks_exact_mut(TERMS * GROUP).enumerate() {
+            for (row, x) in x.chunks_exact(columns).enumerate() {
                 let mut low = [0f32; BLOCK];
-                put(&x[b * BLOCK..(b + 1) * BLOCK], &mut low, &mut lines[0]);
+                put(&x[b * BLOCK..(b + 1) * BLOCK], &mut low, &mut lines[row]);
                 if TERMS == 2 {
-                    put(&low, &mut [0f32; BLOCK], &mut lines[1]);
+                    put(&low, &mut [0f32; BLOCK], &mut lines[GROUP + row]);
                 }
             }
         }
@@ -105,8 +107,8 @@ fn fill_group<const TERMS: usize>(isa: Isa, x: &[f32], columns: usize, out: &mut
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn fill_group_avx512<const TERMS: usize>(x: &[f32], columns: usize, out: &mut [Line]) {
     use std::arch::x86_64::*;
-    for (b, lines) in out.chunks_exact_mut(GROUP).enumerate() {
-        for (x, lines) in x.chunks_exact(columns).zip(lines.chunks_exact_mut(TERMS)) {
+    for (b, lines) in out.chunks_exact_mut(TERMS * GROUP).enumerate() {
+        for (row, x) in x.chunks_exact(columns).enumerate() {
             let x = &x[b * BLOCK..(b + 1) * BLOCK];
             // SAFETY: 32 floats are read, and a line of 64 bytes a term is written.
             unsafe {
@@ -117,7 +119,7 @@ fn fill_group_avx512<const TERMS: usize>(x: &[f32], columns: usize, out: &mut [L
                     ))
                 };
                 let high = round(halves);
-                _mm512_store_si512(lines[0].0.as_mut_ptr().cast(), high);
+                _mm512_store_si512(lines[row].0.as_mut_ptr().cast(), high);
                 if TERMS == 2 {
                     let widen = |half: __m256i| {
                         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
@@ -126,7 +128,7 @@ fn fill_group_avx512<const TERMS: usize>(x: &[f32], columns: usize, out: &mut [L
                         _mm512_sub_ps(halves[0], widen(_mm512_castsi512_si256(high))),
                         _mm512_sub_ps(halves[1], widen(_mm512_extracti64x4_epi64::<1>(high))),
                     ];
-                    _mm512_store_si512(lines[1].0.as_mut_ptr().cast(), round(low));
+                    _mm512_store_si512(lines[GROUP + row].0.as_mut_ptr().cast(), round(low));
                 }
             }
         }
