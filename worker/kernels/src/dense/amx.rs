@@ -124,21 +124,25 @@ impl Pass<'_> {
     unsafe fn run<const TERMS: usize>(&self, scratch: &mut Scratch) {
         let n_pairs = self.tiles.len().div_ceil(2);
         let columns = self.task.columns;
+        let n_blocks = columns / BLOCK;
         let bytes = self.groups.len() * GROUP * columns * TERMS * 2;
-        let span = if bytes <= NEAR { columns / BLOCK } else { SPAN };
+        let span = if bytes <= NEAR { n_blocks } else { SPAN };
         let mut left = windows(self.task.sum, SPAN);
         while let Some(first) = left.clone().next() {
-            let span = first.blocks.start..(first.blocks.start + span).min(columns / BLOCK);
+            let span = first.blocks.start..(first.blocks.start + span).min(n_blocks);
             let is_within = |window: &Window| window.blocks.end <= span.end;
             let n_windows = left.clone().take_while(is_within).count();
             for pair in 0..n_pairs {
                 for (i, window) in left.clone().take(n_windows).enumerate() {
                     let next = match () {
+                        // Tile by tile: as far ahead whatever the leaves.
+                        () if span.len() == n_blocks => {
+                            let at = window.blocks.start + SPAN.min(n_blocks);
+                            (self.first_tile(pair) + at / n_blocks * 2, at % n_blocks)
+                        }
                         () if i + 1 < n_windows => (self.first_tile(pair), window.blocks.end),
                         () if pair + 1 < n_pairs => (self.first_tile(pair + 1), span.start),
-                        () if window.blocks.end * BLOCK < columns => {
-                            (self.tiles.start, window.blocks.end)
-                        }
+                        () if window.blocks.end < n_blocks => (self.tiles.start, window.blocks.end),
                         () => (self.tiles.end, 0),
                     };
                     let next = self.w.place(next.0, next.1 * TILE_BLOCK);
