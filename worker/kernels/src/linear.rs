@@ -138,9 +138,9 @@ fn run(
         scratch.quantise(pool, isa, x, rows, columns, sum.leaf_columns);
     }
     let precision = scratch.precision;
-    let needs_terms = |p: &Projection<'_>| dense::needs_terms(isa, p.weight.format, precision);
-    let only_terms = projections.iter().all(needs_terms);
-    if projections.iter().any(needs_terms) {
+    let mut formats = projections.iter().map(|p| p.weight.format);
+    let has_spans = formats.clone().all(|format| dense::has_spans(isa, format, precision));
+    if formats.any(|format| dense::needs_terms(isa, format, precision)) {
         scratch.terms.fill(pool, isa, precision, x, columns);
     }
     let mut jobs = [const { None }; MAX_PROJECTIONS];
@@ -158,7 +158,7 @@ fn run(
     }
     let step = Step { isa, x, rows, scratch, sum };
     let n_tiles = &n_tiles[..n_matrices];
-    let (chunk_rows, least_tiles) = step.piece(columns, only_terms);
+    let (chunk_rows, least_tiles) = step.piece(columns, has_spans);
     let n_threads = pool.n_threads();
     let pieces = Pieces::new(n_tiles, bytes, least_tiles, rows, chunk_rows, n_threads);
     pool.run(&|thread| {
@@ -204,8 +204,8 @@ struct Step<'a> {
 
 impl<'a> Step<'a> {
     /// Rows of a piece, in whole groups, and the tiles that it has at least.
-    fn piece(&self, columns: usize, only_terms: bool) -> (usize, usize) {
-        let (columns, least_tiles) = match only_terms {
+    fn piece(&self, columns: usize, has_spans: bool) -> (usize, usize) {
+        let (columns, least_tiles) = match has_spans {
             true => (columns.min(dense::SPAN_COLUMNS), dense::least_tiles(self.rows)),
             false => (columns, 1),
         };

@@ -134,16 +134,18 @@ impl Pass<'_> {
             let n_windows = left.clone().take_while(is_within).count();
             for pair in 0..n_pairs {
                 for (i, window) in left.clone().take(n_windows).enumerate() {
-                    let next = match () {
+                    let next = if span.len() == n_blocks {
                         // Tile by tile: as far ahead whatever the leaves.
-                        () if span.len() == n_blocks => {
-                            let at = window.blocks.start + SPAN.min(n_blocks);
-                            (self.first_tile(pair) + at / n_blocks * 2, at % n_blocks)
-                        }
-                        () if i + 1 < n_windows => (self.first_tile(pair), window.blocks.end),
-                        () if pair + 1 < n_pairs => (self.first_tile(pair + 1), span.start),
-                        () if window.blocks.end < n_blocks => (self.tiles.start, window.blocks.end),
-                        () => (self.tiles.end, 0),
+                        let at = window.blocks.start + SPAN.min(n_blocks);
+                        (self.first_tile(pair) + at / n_blocks * 2, at % n_blocks)
+                    } else if i + 1 < n_windows {
+                        (self.first_tile(pair), window.blocks.end)
+                    } else if pair + 1 < n_pairs {
+                        (self.first_tile(pair + 1), span.start)
+                    } else if window.blocks.end < n_blocks {
+                        (self.tiles.start, window.blocks.end)
+                    } else {
+                        (self.tiles.end, 0)
                     };
                     let next = self.w.place(next.0, next.1 * TILE_BLOCK);
                     for nth in 0..self.groups.len().div_ceil(2) {

@@ -77,8 +77,12 @@ pub(crate) fn needs_terms(isa: Isa, format: Format, precision: Precision) -> boo
     arithmetic(isa, format, precision) != Arithmetic::Wide
 }
 
-/// Columns of which a chunk of rows stays near: [`amx`] goes through wider matrices in spans of so
-/// many.
+/// Whether wide matrices are multiplied a span of columns at a time.
+pub(crate) fn has_spans(isa: Isa, format: Format, precision: Precision) -> bool {
+    arithmetic(isa, format, precision) == Arithmetic::Amx
+}
+
+/// Columns of a span, of which a chunk of rows stays near.
 pub(crate) const SPAN_COLUMNS: usize = 2048;
 
 /// Tiles that are worth taking at once for so many rows: pairs, and more of them where spans of
