@@ -11,6 +11,7 @@ pub use evener_kernels::measure::peaks::{Kind, Peak, measure as peaks};
 pub use evener_kernels::quant::Format;
 
 use evener_kernels::measure::linear;
+use evener_proto::KvFormat;
 
 use crate::backend::CPU_PRECISION;
 use crate::checkpoint::Checkpoint;
@@ -55,7 +56,7 @@ pub struct Demand {
     /// Bytes of both and of the vectors, in the file's formats: read once a step. A few rows of the
     /// embedding, if that is not the head, are left out.
     pub step_bytes: u64,
-    /// Of one token, over all layers.
+    /// Of one token, over all layers, as the cache keeps it.
     pub kv_bytes_per_token: u64,
     /// What most of the weights are multiplied with at best.
     pub arithmetic: Kind,
@@ -63,7 +64,9 @@ pub struct Demand {
 
 impl Demand {
     #[must_use]
-    pub fn of(checkpoint: &Checkpoint) -> Self {
+    pub fn of(checkpoint: &Checkpoint, kv: KvFormat) -> Self {
+        let description = &checkpoint.description;
+        let n_kv_heads = (description.n_layers * description.n_kv_heads) as u64;
         let tensors = checkpoint.gguf().tensors();
         let head = if checkpoint.config.tied_head { "token_embd.weight" } else { "output.weight" };
         let n_weights = |tensor: &crate::checkpoint::gguf::TensorInfo| {
@@ -84,7 +87,7 @@ impl Demand {
                 .filter(|t| is_step(&t.name))
                 .map(|t| t.bytes.len() as u64)
                 .sum(),
-            kv_bytes_per_token: checkpoint.description.kv_bytes_per_token,
+            kv_bytes_per_token: kv.bytes_per_token(description.kv_bytes_per_token, n_kv_heads),
             arithmetic: kinds.into_iter().max_by_key(|&k| weights_of(k)).unwrap_or(Kind::F32),
         }
     }

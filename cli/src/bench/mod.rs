@@ -267,7 +267,9 @@ impl Options {
         if self.kernels && self.model.is_empty() && self.synthetic.is_empty() {
             return Ok(Vec::new());
         }
-        let mut subjects = subject::all(&self.model, &self.synthetic, &self.format, self.layers)?;
+        let kv = self.shape.kv.into();
+        let (models, shapes) = (&self.model, &self.synthetic);
+        let mut subjects = subject::all(models, shapes, &self.format, self.layers, kv)?;
         if let (Some(path), Some(subject)) = (&self.save, subjects.last_mut()) {
             subject.save(path.clone())?;
         }
@@ -467,6 +469,16 @@ mod tests {
         assert_eq!(names(&["--workers", "2", "--threads", "1"]), ["2x1"]);
         assert_eq!(names(&["--shares", "2:1", "--threads", "3"]), ["2x3 2:1"]);
         assert_eq!(names(&["--split", "1x1,2x1/tcp"]), ["1x1", "2x1/tcp"]);
+    }
+
+    #[test]
+    fn a_step_reads_the_cache_in_the_format_asked_for() {
+        let bytes = |kv| {
+            let subjects = options(&["--synthetic", "llama-tiny", "--kv", kv]).subjects().unwrap();
+            subjects[0].demand.kv_bytes_per_token
+        };
+        assert_eq!(bytes("f32"), 2 * bytes("f16"));
+        assert!(bytes("int8") < bytes("f16"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use evener_proto::KvFormat;
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::checkpoint::synthetic::{Mix, SCHEME, Shape, Spec};
 use evener_worker::measure::Demand;
@@ -38,17 +39,19 @@ pub fn all(
     shapes: &[String],
     formats: &[String],
     layers: Option<usize>,
+    kv: KvFormat,
 ) -> anyhow::Result<Vec<Subject>> {
+    let open = |model, file, note| Subject::open(model, file, note, kv);
     let mut subjects = Vec::new();
     for model in models {
         let path = models::resolve(model)?;
         let is_file = !model.starts_with(SCHEME);
-        subjects.push(Subject::open(path.display().to_string(), is_file.then_some(path), None)?);
+        subjects.push(open(path.display().to_string(), is_file.then_some(path), None)?);
     }
     for shape in shapes {
         for format in formats {
             let (spec, note) = fitted(shape.parse()?, format.parse()?, layers)?;
-            subjects.push(Subject::open(spec.to_string(), None, note)?);
+            subjects.push(open(spec.to_string(), None, note)?);
         }
     }
     if subjects.is_empty() {
@@ -87,14 +90,19 @@ fn fitted(shape: Shape, mix: Mix, layers: Option<usize>) -> anyhow::Result<(Spec
 }
 
 impl Subject {
-    fn open(model: String, file: Option<PathBuf>, note: Option<String>) -> anyhow::Result<Self> {
+    fn open(
+        model: String,
+        file: Option<PathBuf>,
+        note: Option<String>,
+        kv: KvFormat,
+    ) -> anyhow::Result<Self> {
         let path = PathBuf::from(&model);
         let checkpoint = Checkpoint::open(&path).context("the model cannot be served")?;
         Ok(Self {
             model,
             file,
             note,
-            demand: Demand::of(&checkpoint),
+            demand: Demand::of(&checkpoint, kv),
             vocab: checkpoint.config.vocab as u32,
             context_length: checkpoint.config.context_length,
             quantization: checkpoint.description.quantization.clone(),
@@ -122,7 +130,7 @@ mod tests {
 
     fn names(shapes: &[&str], formats: &[&str], layers: Option<usize>) -> Vec<String> {
         let owned = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
-        let subjects = all(&[], &owned(shapes), &owned(formats), layers).unwrap();
+        let subjects = all(&[], &owned(shapes), &owned(formats), layers, KvFormat::F16).unwrap();
         subjects.into_iter().map(|subject| subject.model).collect()
     }
 
@@ -145,7 +153,9 @@ mod tests {
 
     #[test]
     fn the_demand_of_a_step_leaves_the_embedding_out() {
-        let subjects = all(&[], &["llama-1b".to_owned()], &["q8_0".to_owned()], Some(2)).unwrap();
+        let subjects =
+            all(&[], &["llama-1b".to_owned()], &["q8_0".to_owned()], Some(2), KvFormat::F16)
+                .unwrap();
         let demand = subjects[0].demand;
         let layer = 2048 * (2 * 2048 + 2 * 512 + 3 * 8192);
         assert_eq!(demand.layer_weights, 2 * layer);
