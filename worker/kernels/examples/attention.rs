@@ -1,7 +1,7 @@
 //! Attention beside the machine's own limits: decode in bytes of KV a second against the read
 //! bandwidth, prefill in operations against the f32 peak, all measured in turn in one run.
 //!
-//! `cargo run --release -p evener-kernels --example attention [CONTEXT]`
+//! `cargo run --release -p evener-kernels --example attention [CONTEXT [SHAPE]]`
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -32,6 +32,7 @@ const SHAPES: [Shape; 4] = [
 
 fn main() {
     let longest = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(8192);
+    let only = std::env::args().nth(2);
     let isa = Isa::detect();
     println!("{}; best of {RUNS}", isa.name());
     for n_threads in [1, 2] {
@@ -43,7 +44,7 @@ fn main() {
             read(&mut pool, &stream),
             peak / 1e9
         );
-        for shape in &SHAPES {
+        for shape in SHAPES.iter().filter(|shape| only.as_ref().is_none_or(|o| o == shape.name)) {
             for format in Format::ALL {
                 for context in [1024, longest] {
                     for batch in [1, 8] {

@@ -395,8 +395,8 @@ impl Hand<'_> {
             [pages.k[i], pages.v[i]] = self.cache.pages(block as usize, unit.kv_head);
         }
         if goes_on {
-            for (i, &block) in blocks[(split + 1) * per_split..].iter().enumerate().take(4) {
-                pages.next[i] = self.cache.pages(block as usize, unit.kv_head)[0];
+            for (next, &block) in pages.next.iter_mut().zip(&blocks[(split + 1) * per_split..]) {
+                *next = self.cache.pages(block as usize, unit.kv_head)[0];
             }
         }
         let (weights, q) = (self.own.weights.as_mut_ptr(), self.own.q.as_ptr());

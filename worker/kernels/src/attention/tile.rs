@@ -19,8 +19,8 @@ const BLOCKS: usize = SPLIT / BLOCK_LEN;
 /// Most queries of a tile.
 pub(super) const TILE: usize = 8;
 
-/// Blocks that are fetched ahead of those in work.
-const AHEAD: usize = 4;
+/// Most blocks that are fetched ahead of those in work.
+const MOST_AHEAD: usize = 8;
 
 /// The pages of one split of one KV head, and of what is read after it.
 #[derive(Clone, Copy)]
@@ -28,13 +28,13 @@ pub(super) struct Pages {
     pub k: [*const u8; BLOCKS],
     pub v: [*const u8; BLOCKS],
     /// First keys of the split after this.
-    pub next: [*const u8; AHEAD],
+    pub next: [*const u8; MOST_AHEAD],
 }
 
 impl Pages {
     pub(super) fn new() -> Self {
         let null = std::ptr::null();
-        Self { k: [null; BLOCKS], v: [null; BLOCKS], next: [null; AHEAD] }
+        Self { k: [null; BLOCKS], v: [null; BLOCKS], next: [null; MOST_AHEAD] }
     }
 }
 
@@ -102,6 +102,8 @@ pub(super) unsafe fn merge<S: Simd>(state: State, part: State, head_dim: usize) 
 trait Number {
     const BYTES: usize;
     const HEADER: usize;
+    /// Blocks that are fetched ahead of those in work: 8 to 16 KiB of 64 columns.
+    const AHEAD: usize;
     /// # Safety
     /// As [`Simd`].
     unsafe fn load<S: Simd>(from: *const u8) -> S::V;
@@ -114,6 +116,7 @@ struct Int8;
 impl Number for F16 {
     const BYTES: usize = 2;
     const HEADER: usize = 0;
+    const AHEAD: usize = 4;
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8) -> S::V {
         // SAFETY: the trait's promise.
@@ -124,6 +127,7 @@ impl Number for F16 {
 impl Number for F32 {
     const BYTES: usize = 4;
     const HEADER: usize = 0;
+    const AHEAD: usize = 4;
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8) -> S::V {
         // SAFETY: the trait's promise.
@@ -134,6 +138,7 @@ impl Number for F32 {
 impl Number for Int8 {
     const BYTES: usize = 1;
     const HEADER: usize = SCALE_BYTES;
+    const AHEAD: usize = 8;
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8) -> S::V {
         // SAFETY: the trait's promise.
@@ -249,10 +254,16 @@ unsafe fn score_blocks<S: Simd, N: Number, const R: usize, const P: usize>(
         let (mut keys, mut ahead) = ([std::ptr::null(); P], [std::ptr::null(); P]);
         for p in 0..P {
             keys[p] = pages.k[block + p].add(N::HEADER);
-            ahead[p] = match block + p + AHEAD {
+            let next = match block + p + N::AHEAD {
                 next if next < n_blocks => pages.k[next],
                 next => pages.v[(next - n_blocks).min(n_blocks - 1)],
             };
+            if N::HEADER > 0 {
+                // Scales are wanted once all scores are there.
+                S::prefetch(pages.k[block + p]);
+                S::prefetch(pages.v[block + p]);
+            }
+            ahead[p] = next.wrapping_add(N::HEADER);
         }
         let mut acc = [[S::splat(0.0); P]; R];
         let mut column = 0;
@@ -446,12 +457,12 @@ unsafe fn mix_columns<S: Simd, N: Number, const R: usize, const C: usize>(
         let mut sums = [[S::splat(0.0); C]; R];
         for block in 0..n_blocks {
             let values = pages.v[block].add(run_at(run) + column * N::BYTES);
-            let ahead = match block + AHEAD {
+            let ahead = match block + N::AHEAD {
                 next if next < n_blocks => pages.v[next].wrapping_add(run_at(run)),
                 next if run + RUN < d => {
                     pages.v[(next - n_blocks).min(n_blocks - 1)].wrapping_add(run_at(run + RUN))
                 }
-                next => pages.next[(next - n_blocks).min(AHEAD - 1)],
+                next => pages.next[(next - n_blocks).min(N::AHEAD - 1)].wrapping_add(N::HEADER),
             };
             let ahead = ahead.wrapping_add(column * N::BYTES);
             let weights = weights.add(block * BLOCK_LEN);
