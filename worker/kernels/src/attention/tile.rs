@@ -314,6 +314,11 @@ unsafe fn soften<S: Simd, N: Number, const R: usize>(
             let base = S::splat(greater(highest[r], f32::MIN));
             let mut total = S::splat(0.0);
             for block in 0..n_blocks {
+                // Memory is not to rest meanwhile: a line of the values after those that scores fetched.
+                if N::AHEAD + r < n_blocks {
+                    let line = N::HEADER + block * 64;
+                    S::prefetch(pages.v[N::AHEAD + r].wrapping_add(line));
+                }
                 let at = weights.add(block * LANES);
                 let mut weight = S::exp(S::sub(S::load(at), base));
                 total = S::add(total, weight);
