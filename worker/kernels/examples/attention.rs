@@ -33,6 +33,9 @@ const SHAPES: [Shape; 4] = [
 fn main() {
     let longest = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(8192);
     let only = std::env::args().nth(2);
+    let is_asked = |shape: &&Shape| only.as_ref().is_none_or(|only| only == shape.name);
+    let names = SHAPES.map(|shape| shape.name).join(", ");
+    assert!(SHAPES.iter().any(|shape| is_asked(&shape)), "no shape {only:?}; there are: {names}");
     let isa = Isa::detect();
     println!("{}; best of {RUNS}", isa.name());
     for n_threads in [1, 2] {
@@ -44,7 +47,7 @@ fn main() {
             read(&mut pool, &stream),
             peak / 1e9
         );
-        for shape in SHAPES.iter().filter(|shape| only.as_ref().is_none_or(|o| o == shape.name)) {
+        for shape in SHAPES.iter().filter(is_asked) {
             for format in Format::ALL {
                 for context in [1024, longest] {
                     for batch in [1, 8] {

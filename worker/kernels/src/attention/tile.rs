@@ -102,7 +102,8 @@ pub(super) unsafe fn merge<S: Simd>(state: State, part: State, head_dim: usize) 
 trait Number {
     const BYTES: usize;
     const HEADER: usize;
-    /// Blocks that are fetched ahead of those in work: 8 to 16 KiB of 64 columns.
+    /// Blocks that are fetched ahead of those in work, [`MOST_AHEAD`] at most: 8 to 16 KiB of heads of
+    /// 64 columns.
     const AHEAD: usize;
     /// # Safety
     /// As [`Simd`].
@@ -314,7 +315,7 @@ unsafe fn soften<S: Simd, N: Number, const R: usize>(
             let base = S::splat(greater(highest[r], f32::MIN));
             let mut total = S::splat(0.0);
             for block in 0..n_blocks {
-                // Memory is not to rest meanwhile: a line of the values after those that scores fetched.
+                // Memory is not to rest meanwhile: it fetches values after those that scores did.
                 if N::AHEAD + r < n_blocks {
                     let line = N::HEADER + block * 64;
                     S::prefetch(pages.v[N::AHEAD + r].wrapping_add(line));
