@@ -87,6 +87,8 @@ pub(crate) struct Group<'a> {
     pub(crate) d: &'a [f32],
     /// Row of the step at which the group begins.
     pub(crate) first: usize,
+    /// Whether its rows are the first to read a tile, and fetch what is read after it.
+    pub(crate) fetches: bool,
 }
 
 impl Group<'_> {
@@ -223,6 +225,7 @@ impl<'a> Step<'a> {
             halves: slice(&scratch.halves, group, runs),
             d: slice(&scratch.d, group, shape.n_scales * shape.side),
             first: group * GROUP,
+            fetches: false,
         }
     }
 }
@@ -335,7 +338,7 @@ impl Job<'_> {
     fn by_rows(&self, step: &Step<'_>, rows: Range<usize>, run: impl Fn(&Group<'_>, usize, usize)) {
         let mut row = rows.start;
         while row < rows.end {
-            let group = step.group(row / GROUP);
+            let mut group = step.group(row / GROUP);
             let end = rows.end.min(group.first + GROUP);
             while row < end {
                 let n = match end - row {
@@ -344,6 +347,7 @@ impl Job<'_> {
                     2.. => 2,
                     _ => 1,
                 };
+                group.fetches = row == rows.start;
                 run(&group, row - group.first, n);
                 row += n;
             }

@@ -9,13 +9,7 @@ use super::tiles::{FIFTHS, LINE, TOPS, quant_bytes};
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
-/// Rows of activations, at most, that fetch weights ahead: with more, products take longer.
-const FETCHING: usize = 4;
-
-/// More than those.
-const MANY: usize = FETCHING + 1;
-
-/// Bytes of quants that they fetch ahead. Scales are fetched a tile ahead.
+/// Bytes of quants that are fetched ahead. Scales are fetched a tile ahead.
 const AHEAD: usize = 8192;
 
 type Sums<const M: usize> = [__m512; M];
@@ -78,10 +72,10 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
                 offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), zero);
             }
         }
-        let dots = dots::<B, M, TERMS, ALL>(w, b, x, first, offsets);
-        if const { M <= FETCHING } {
-            fetch_scales::<B>(w, b);
+        if x.fetches {
+            fetch::<B>(w, b);
         }
+        let dots = dots::<B, M, TERMS, ALL>(w, b, x, first, offsets);
         let (scale, min) = scales::<B>(w, b);
         for row in 0..M {
             acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, acc[row]);
@@ -113,8 +107,8 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for b in runs.clone() {
-            if const { M <= FETCHING } {
-                fetch_scales::<B>(w, b);
+            if x.fetches {
+                fetch::<B>(w, b);
             }
             let (left, right) = integer_scales(w, b);
             let add = |sums: &mut [__m512i; M], dots: [__m512i; M], scale| {
@@ -160,7 +154,7 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
     let (mut one, mut two) = ([_mm512_setzero_si512(); M], from);
     for j in 0..4 {
         // SAFETY: the caller's promise.
-        let (left, right) = unsafe { vectors::<B, M>(w, b, j) };
+        let (left, right) = unsafe { vectors::<B>(w, b, j) };
         for row in 0..M {
             let four = |term: usize, column: usize| {
                 let at = x.place(TERMS, b, first + row) + term * RUN + column;
@@ -188,6 +182,23 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
         let high = if TERMS == 1 { one[row] } else { _mm512_slli_epi32::<4>(one[row]) };
         _mm512_add_epi32(high, two[row])
     })
+}
+
+/// Brings near the quants that are read soon after run b's, and what run b of the next tile has
+/// beside its own. Once a run and not at each load: between the products of few rows it would have
+/// the compiler move their operands to the stack.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch<B: Blocks>(w: &TileWeights<'_>, b: usize) {
+    let mut ahead = b * quant_bytes(B::BITS) + AHEAD;
+    if ahead >= w.quants.len() {
+        ahead += w.len - w.quants.len();
+    }
+    let ahead = w.quants.as_ptr().wrapping_add(ahead);
+    for line in (0..quant_bytes(B::BITS)).step_by(LINE) {
+        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast());
+    }
+    fetch_scales::<B>(w, b);
 }
 
 /// Brings near what run b of the next tile has beside its quants: a processor sees where they go on
@@ -277,15 +288,8 @@ pub(super) unsafe fn scales<B: Blocks>(w: &TileWeights<'_>, b: usize) -> (__m512
 /// The tile has run b, and its quants have these bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load<B: Blocks, const M: usize>(w: &TileWeights<'_>, b: usize, at: usize) -> __m512i {
+unsafe fn load<B: Blocks>(w: &TileWeights<'_>, b: usize, at: usize) -> __m512i {
     let at = b * quant_bytes(B::BITS) + at;
-    if const { M <= FETCHING } {
-        let mut ahead = at + AHEAD;
-        if ahead >= w.quants.len() {
-            ahead += w.len - w.quants.len();
-        }
-        _mm_prefetch::<_MM_HINT_T0>(w.quants.as_ptr().wrapping_add(ahead).cast());
-    }
     // SAFETY: the caller's promise.
     unsafe { _mm512_loadu_si512(w.quants.as_ptr().add(at).cast()) }
 }
@@ -298,7 +302,7 @@ unsafe fn load<B: Blocks, const M: usize>(w: &TileWeights<'_>, b: usize, at: usi
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn nibbles<B: Blocks>(w: &TileWeights<'_>, b: usize, j: usize) -> __m512i {
     // SAFETY: the caller's promise.
-    unsafe { load::<B, MANY>(w, b, j * 64) }
+    unsafe { load::<B>(w, b, j * 64) }
 }
 
 /// Columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3 of all rows.
@@ -307,14 +311,14 @@ pub(super) unsafe fn nibbles<B: Blocks>(w: &TileWeights<'_>, b: usize, j: usize)
 /// The tile has run b.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn vectors<B: Blocks, const M: usize>(
+pub(super) unsafe fn vectors<B: Blocks>(
     w: &TileWeights<'_>,
     b: usize,
     j: usize,
 ) -> (__m512i, __m512i) {
     // SAFETY: in bounds by the caller's promise.
     unsafe {
-        let load = |at: usize| load::<B, M>(w, b, at);
+        let load = |at: usize| load::<B>(w, b, at);
         if B::BITS == 8 {
             return (load(j * 128), load(j * 128 + 64));
         }

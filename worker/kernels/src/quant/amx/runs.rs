@@ -87,7 +87,7 @@ pub(super) unsafe fn unpack<B: Blocks>(
                     put(8 + j, left);
                     put(12 + j, right);
                 } else {
-                    let (left, right) = vectors::<B, GROUP>(w, b, j);
+                    let (left, right) = vectors::<B>(w, b, j);
                     let centred = |v| match Shape::of::<B>().is_signed() {
                         true => _mm512_sub_epi8(v, zero),
                         false => v,

@@ -10,7 +10,6 @@ use std::ops::Range;
 use super::super::avx512::{integer_scales, vectors};
 use super::super::blocks::{Blocks, RUN};
 use super::{At, Product, Scratch, Sums, TERMS, Window, add_scaled, put};
-use crate::activation::GROUP;
 use crate::linear::{Group, TileWeights};
 use crate::tile_registers::{REGISTER, Registers, load, multiply, store, zero};
 
@@ -75,7 +74,7 @@ pub(super) unsafe fn unpack<B: Blocks>(
             let twice = |v| _mm512_mask_blend_epi16(0xaaaa_aaaa, v, _mm512_slli_epi32::<16>(v));
             let (left_scale, right_scale) = (twice(left_scale), twice(right_scale));
             for j in 0..4 {
-                let (left, right) = vectors::<B, GROUP>(w, b, j);
+                let (left, right) = vectors::<B>(w, b, j);
                 put(j, left, left_scale);
                 put(4 + j, right, right_scale);
             }
