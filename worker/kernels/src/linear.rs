@@ -61,19 +61,13 @@ pub struct Input<'a> {
     pub scratch: &'a mut Activation,
 }
 
-/// One tile of one matrix; what its format does not have is empty.
+/// One tile of one matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct TileWeights<'a> {
-    pub(crate) quants: &'a [u8],
-    pub(crate) fifths: &'a [u8],
-    pub(crate) d: &'a [u16],
-    pub(crate) m: &'a [u16],
-    pub(crate) sc: &'a [u8],
-    pub(crate) mc: &'a [u8],
+    /// Run after run, as `quant::tiles` has them; the next tile follows.
+    pub(crate) bytes: &'a [u8],
     /// Run of the first super-block at which the tile's rows begin.
     pub(crate) first_run: usize,
-    /// Bytes to the same place in the next tile.
-    pub(crate) len: usize,
 }
 
 /// A group of rows of activations as integers; shapes as in [`Activation`].
@@ -275,7 +269,7 @@ impl Job<'_> {
         };
         let group = |group| step.group(group);
         with_blocks!(self.weight.format, B => {
-            let tile = |tile| weights.tile::<B>(tile);
+            let tile = |tile| weights.tile(tile);
             let store = |tile, p, row, values: &_| self.store(step, tile, p, row, values);
             // SAFETY: this instruction set was detected on this CPU.
             unsafe { amx::run_tiles::<B>(&tile, tiles, rows, &group, step.sum, &store) };
@@ -309,7 +303,7 @@ impl Job<'_> {
         };
         match &self.weight.weights {
             Weights::Quantised(tiles) => with_blocks!(self.weight.format, B => {
-                let w = tiles.tile::<B>(tile);
+                let w = tiles.tile(tile);
                 match step.scratch.precision {
                     Precision::Int8 => self.integers::<B, 1>(step, &w, rows, store),
                     Precision::Int12 => self.integers::<B, 2>(step, &w, rows, store),

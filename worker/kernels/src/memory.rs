@@ -117,24 +117,6 @@ impl Deref for Stretch {
     }
 }
 
-/// Numbers of which every pattern of bits is one.
-pub(crate) trait Plain: Copy {}
-
-impl Plain for u16 {}
-impl Plain for f32 {}
-
-/// Bytes as numbers of this machine.
-///
-/// # Panics
-/// If they do not begin or end where numbers do.
-#[inline]
-pub(crate) fn numbers<T: Plain>(bytes: &[u8]) -> &[T] {
-    // SAFETY: any bits are a number; `align_to` sees to the alignment.
-    let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
-    assert!(before.is_empty() && after.is_empty(), "bytes are not aligned numbers");
-    numbers
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -169,16 +151,5 @@ mod tests {
     fn memory_that_no_machine_has_is_refused() {
         Memory::zeroed(usize::MAX).unwrap_err();
         Memory::zeroed(1 << 62).unwrap_err();
-    }
-
-    #[test]
-    fn numbers_are_the_bytes_of_this_machine() {
-        let mut memory = Memory::zeroed(64).unwrap();
-        memory[4..8].copy_from_slice(&1.5f32.to_ne_bytes());
-        assert_eq!(numbers::<f32>(&memory[..12]), [0.0, 1.5, 0.0]);
-        for odd in [1..5, 0..5] {
-            let bytes = &memory[odd];
-            assert!(std::panic::catch_unwind(|| numbers::<f32>(bytes)).is_err());
-        }
     }
 }

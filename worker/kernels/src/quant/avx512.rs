@@ -5,12 +5,12 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::blocks::{Blocks, RUN, Scales};
-use super::tiles::{FIFTHS, LINE, TOPS, quant_bytes};
+use super::tiles::{HALVES, LINE, Places, TOPS};
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
-/// Bytes of quants that are fetched ahead. Scales are fetched a tile ahead.
-const AHEAD: usize = 8192;
+/// How far ahead weights are fetched, in bytes.
+const AHEAD: usize = 6144;
 
 type Sums<const M: usize> = [__m512; M];
 
@@ -28,7 +28,7 @@ pub(crate) fn runs<B: Blocks, const M: usize, const TERMS: usize>(
     x: &Group<'_>,
     first: usize,
 ) -> Sums<M> {
-    debug_assert!(w.quants.len() >= runs.end * quant_bytes(B::BITS));
+    debug_assert!(w.bytes.len() >= B::run_at(w.first_run, runs.end - 1) + B::RUN_BYTES);
     debug_assert!(x.sum.len() >= runs.end * x.side && first + M <= x.side);
     let mut acc = [_mm512_setzero_ps(); M];
     // SAFETY: the tile has these runs (callers loop over its runs; asserted above in debug builds),
@@ -72,11 +72,12 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
                 offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), zero);
             }
         }
+        let weights = at::<B>(w, b);
         if x.fetches {
-            fetch::<B>(w, b);
+            fetch::<B>(weights);
         }
-        let dots = dots::<B, M, TERMS, ALL>(w, b, x, first, offsets);
-        let (scale, min) = scales::<B>(w, b);
+        let dots = dots::<B, M, TERMS, ALL>(weights, b, x, first, offsets);
+        let (scale, min) = scales::<B>(weights, head::<B>(w, b));
         for row in 0..M {
             acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, acc[row]);
             let sum = || _mm512_set1_ps(*x.sum.get_unchecked(b * x.side + first + row));
@@ -107,29 +108,29 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for b in runs.clone() {
+            let weights = at::<B>(w, b);
             if x.fetches {
-                fetch::<B>(w, b);
+                fetch::<B>(weights);
             }
-            let (left, right) = integer_scales(w, b);
+            let (left, right) = integer_scales::<B>(weights);
             let add = |sums: &mut [__m512i; M], dots: [__m512i; M], scale| {
                 for (sum, dot) in sums.iter_mut().zip(dots) {
                     *sum = _mm512_add_epi32(*sum, _mm512_mullo_epi32(dot, scale));
                 }
             };
-            add(&mut sums, dots::<B, M, TERMS, LEFT>(w, b, x, first, nothing), left);
-            add(&mut sums, dots::<B, M, TERMS, RIGHT>(w, b, x, first, nothing), right);
+            add(&mut sums, dots::<B, M, TERMS, LEFT>(weights, b, x, first, nothing), left);
+            add(&mut sums, dots::<B, M, TERMS, RIGHT>(weights, b, x, first, nothing), right);
         }
         // What zero's integer adds, from the sums of the activations.
         for b in runs.clone() {
-            let (left, right) = integer_scales(w, b);
+            let (left, right) = integer_scales::<B>(at::<B>(w, b));
             let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, left, _mm512_slli_epi32::<16>(right));
             let both = _mm512_mullo_epi16(both, _mm512_set1_epi16(B::ZERO as i16));
             for row in 0..M {
                 offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), both);
             }
         }
-        let d = w.d.as_ptr().add(w.scale_at::<B>(runs.start));
-        let d = _mm512_cvtph_ps(_mm256_loadu_si256(d.cast()));
+        let d = halves_of(head::<B>(w, runs.start));
         for row in 0..M {
             let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[row], offsets[row]));
             acc[row] = _mm512_fmadd_ps(sum, d, acc[row]);
@@ -145,7 +146,7 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
-    w: &TileWeights<'_>,
+    weights: *const u8,
     b: usize,
     x: &Group<'_>,
     first: usize,
@@ -154,7 +155,7 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
     let (mut one, mut two) = ([_mm512_setzero_si512(); M], from);
     for j in 0..4 {
         // SAFETY: the caller's promise.
-        let (left, right) = unsafe { vectors::<B>(w, b, j) };
+        let (left, right) = unsafe { vectors::<B>(weights, j) };
         for row in 0..M {
             let four = |term: usize, column: usize| {
                 let at = x.place(TERMS, b, first + row) + term * RUN + column;
@@ -184,44 +185,33 @@ unsafe fn dots<B: Blocks, const M: usize, const TERMS: usize, const PART: u8>(
     })
 }
 
-/// Brings near the quants that are read soon after run b's, and what run b of the next tile has
-/// beside its own. Once a run and not at each load: between the products of few rows it would have
-/// the compiler move their operands to the stack.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fetch<B: Blocks>(w: &TileWeights<'_>, b: usize) {
-    let mut ahead = b * quant_bytes(B::BITS) + AHEAD;
-    if ahead >= w.quants.len() {
-        ahead += w.len - w.quants.len();
-    }
-    let ahead = w.quants.as_ptr().wrapping_add(ahead);
-    for line in (0..quant_bytes(B::BITS)).step_by(LINE) {
-        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast());
-    }
-    fetch_scales::<B>(w, b);
+/// The bytes of run b.
+///
+/// # Safety
+/// The tile has it.
+#[inline(always)]
+pub(super) unsafe fn at<B: Blocks>(w: &TileWeights<'_>, b: usize) -> *const u8 {
+    // SAFETY: in bounds by the caller's promise.
+    unsafe { w.bytes.as_ptr().add(B::run_at(w.first_run, b)) }
 }
 
-/// Brings near what run b of the next tile has beside its quants: a processor sees where they go on
-/// in a tile, but not where those of the next begin.
+/// The f16 scales of run b.
+///
+/// # Safety
+/// The tile has it.
+#[inline(always)]
+pub(super) unsafe fn head<B: Blocks>(w: &TileWeights<'_>, b: usize) -> *const u8 {
+    // SAFETY: in bounds by the caller's promise.
+    unsafe { w.bytes.as_ptr().add(B::head_at(w.first_run, b)) }
+}
+
+/// Brings near what is read soon after a run. Once a run and not at each load: between the products
+/// of few rows it would have the compiler move their operands to the stack.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn fetch_scales<B: Blocks>(w: &TileWeights<'_>, b: usize) {
-    let line = |of: *const u8, at: usize| {
-        if at.is_multiple_of(LINE) {
-            _mm_prefetch::<_MM_HINT_T0>(of.wrapping_add(at + w.len).cast());
-        }
-    };
-    let halves = 2 * w.scale_at::<B>(b);
-    line(w.d.as_ptr().cast(), halves);
-    if B::SCALES.has_min() {
-        line(w.m.as_ptr().cast(), halves);
-    }
-    if B::SCALES.is_super() {
-        line(w.sc.as_ptr(), b * TILE_ROWS);
-        line(w.mc.as_ptr(), b * TILE_ROWS);
-    }
-    if B::BITS == 5 {
-        line(w.fifths.as_ptr(), b * FIFTHS);
+fn fetch<B: Blocks>(run: *const u8) {
+    for line in (0..B::RUN_BYTES).step_by(LINE) {
+        _mm_prefetch::<_MM_HINT_NTA>(run.wrapping_add(AHEAD + line).cast());
     }
 }
 
@@ -242,83 +232,82 @@ unsafe fn halves(x: &Group<'_>, b: usize, row: usize) -> __m512i {
 /// Integer scales of both halves of a run.
 ///
 /// # Safety
-/// The tile has run b.
+/// It is one of a format with super-blocks.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn integer_scales(w: &TileWeights<'_>, b: usize) -> (__m512i, __m512i) {
-    // SAFETY: scales are there for 16 rows of every run the tile has.
+pub(super) unsafe fn integer_scales<B: Blocks>(run: *const u8) -> (__m512i, __m512i) {
+    // SAFETY: a run has 16 of each.
     unsafe {
-        let signed = |of: &[u8]| {
-            _mm512_cvtepi8_epi32(_mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast()))
-        };
-        (signed(w.sc), signed(w.mc))
+        let scales = run.add(B::SCALES_AT);
+        let signed = |of: *const u8| _mm512_cvtepi8_epi32(_mm_loadu_si128(of.cast()));
+        (signed(scales), signed(scales.add(TILE_ROWS)))
     }
+}
+
+/// 16 f16 numbers.
+///
+/// # Safety
+/// They are there.
+#[inline]
+#[target_feature(enable = "avx512f,f16c")]
+pub(super) unsafe fn halves_of(at: *const u8) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
 }
 
 /// Scale and min of a run, min with the sign that its format stores.
 ///
 /// # Safety
-/// The tile has run b, and its runs have scales of their own.
+/// It is one of this format, and so is the head.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-pub(super) unsafe fn scales<B: Blocks>(w: &TileWeights<'_>, b: usize) -> (__m512, __m512) {
-    // SAFETY: scales are there for every run the tile has.
+pub(super) unsafe fn scales<B: Blocks>(run: *const u8, head: *const u8) -> (__m512, __m512) {
+    // SAFETY: scales are there for 16 rows.
     unsafe {
-        let half = |of: &[u16]| {
-            let of = of.as_ptr().add(w.scale_at::<B>(b));
-            _mm512_cvtph_ps(_mm256_loadu_si256(of.cast()))
-        };
-        let integers = |of: &[u8]| {
-            let bytes = _mm_loadu_si128(of.as_ptr().add(b * TILE_ROWS).cast());
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
-        };
         match B::SCALES {
-            Scales::Plain | Scales::Halves => (half(w.d), _mm512_setzero_ps()),
-            Scales::Min => (half(w.d), half(w.m)),
+            Scales::Plain | Scales::Halves => (halves_of(head), _mm512_setzero_ps()),
+            Scales::Min => (halves_of(head), halves_of(head.add(HALVES))),
             Scales::Super => {
-                (_mm512_mul_ps(half(w.d), integers(w.sc)), _mm512_mul_ps(half(w.m), integers(w.mc)))
+                let (sc, mc) = integer_scales::<B>(run);
+                let times = |halves, integers| _mm512_mul_ps(halves, _mm512_cvtepi32_ps(integers));
+                (times(halves_of(head), sc), times(halves_of(head.add(HALVES)), mc))
             }
         }
     }
 }
 
-/// The 64 bytes at `at` of run b's quants.
+/// The 64 bytes at `at` of a run.
 ///
 /// # Safety
-/// The tile has run b, and its quants have these bytes.
+/// The run has them.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load<B: Blocks>(w: &TileWeights<'_>, b: usize, at: usize) -> __m512i {
-    let at = b * quant_bytes(B::BITS) + at;
+unsafe fn load(run: *const u8, at: usize) -> __m512i {
     // SAFETY: the caller's promise.
-    unsafe { _mm512_loadu_si512(w.quants.as_ptr().add(at).cast()) }
+    unsafe { _mm512_loadu_si512(run.add(at).cast()) }
 }
 
 /// Columns 4j to 4j + 3, low, and 16 + 4j to 16 + 4j + 3, high, of all rows of a format of 4 bits.
 ///
 /// # Safety
-/// The tile has run b.
+/// It is a run of one.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn nibbles<B: Blocks>(w: &TileWeights<'_>, b: usize, j: usize) -> __m512i {
+pub(super) unsafe fn nibbles(run: *const u8, j: usize) -> __m512i {
     // SAFETY: the caller's promise.
-    unsafe { load::<B>(w, b, j * 64) }
+    unsafe { load(run, j * 64) }
 }
 
 /// Columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3 of all rows.
 ///
 /// # Safety
-/// The tile has run b.
+/// It is a run of this format.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn vectors<B: Blocks>(
-    w: &TileWeights<'_>,
-    b: usize,
-    j: usize,
-) -> (__m512i, __m512i) {
+pub(super) unsafe fn vectors<B: Blocks>(run: *const u8, j: usize) -> (__m512i, __m512i) {
     // SAFETY: in bounds by the caller's promise.
     unsafe {
-        let load = |at: usize| load::<B>(w, b, at);
+        let load = |at: usize| load(run, at);
         if B::BITS == 8 {
             return (load(j * 128), load(j * 128 + 64));
         }
@@ -341,7 +330,7 @@ pub(super) unsafe fn vectors<B: Blocks>(
             let with = |v, top| _mm512_or_si512(v, _mm512_and_si512(top, mask));
             return (with(first, first_top), with(second, second_top));
         }
-        let masks = w.fifths.as_ptr().add(b * FIFTHS + j * 16).cast::<u64>();
+        let masks = run.add(B::FIFTHS_AT + j * 16).cast::<u64>();
         let sixteen = _mm512_set1_epi8(16);
         let with = |v, mask| _mm512_mask_add_epi8(v, mask, v, sixteen);
         (with(first, masks.read_unaligned()), with(second, masks.add(1).read_unaligned()))

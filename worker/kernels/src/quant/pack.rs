@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::blocks::{Blocks, RUN};
-use super::tiles::{FIFTHS, Record, SUPER_RUNS, quant_bytes};
+use super::tiles::{FIFTHS, HALVES, Places, Record, quant_bytes};
 use crate::isa::Isa;
 use crate::matrix::{Source, TILE_ROWS};
 
@@ -69,44 +69,22 @@ impl Record {
                 (rest.d[lane], rest.m[lane]) = (run.d, run.m);
                 (rest.sc[lane], rest.mc[lane]) = (run.sc, run.mc);
             }
-            let quants = &mut record[self.quants.clone()][b * quant_bytes(B::BITS)..];
-            turn(&words, &mut quants.as_chunks_mut::<64>().0[..quant_bytes(B::BITS) / 64]);
-            self.store::<B>(&rest, b, record);
-        }
-    }
-
-    /// What a run has beside its quants.
-    #[inline(always)]
-    fn store<B: Blocks>(&self, rest: &Rest, b: usize, record: &mut [u8]) {
-        if B::BITS == 5 {
-            let masks = &mut record[self.fifths.clone()][b * FIFTHS..(b + 1) * FIFTHS];
-            for (vector, mask) in masks.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let first = vector % 2 * 16 + vector / 2 * 4;
-                let mut bits = 0;
-                for lane in 0..TILE_ROWS {
-                    bits |= u64::from(rest.fifths[lane] >> first & 15) << (4 * lane);
-                }
-                *mask = bits.to_le_bytes();
+            let bytes = &mut record[B::run_at(self.first_run, b)..][..B::RUN_BYTES];
+            turn(&words, bytes[..quant_bytes(B::BITS)].as_chunks_mut().0);
+            rest.store::<B>(bytes);
+            let head = &mut record[B::head_at(self.first_run, b)..][..B::HALVES_BYTES];
+            store_scales(&mut head[..HALVES], &rest.d);
+            if B::SCALES.has_min() {
+                store_scales(&mut head[HALVES..], &rest.m);
             }
-        }
-        let of_run = b * TILE_ROWS..(b + 1) * TILE_ROWS;
-        let scale = if B::SCALES.is_super() { (self.first_run + b) / SUPER_RUNS } else { b };
-        store_scales(&mut record[self.d.clone()], scale, &rest.d);
-        if B::SCALES.has_min() {
-            store_scales(&mut record[self.m.clone()], scale, &rest.m);
-        }
-        if B::SCALES.is_super() {
-            record[self.sc.clone()][of_run.clone()].copy_from_slice(&rest.sc);
-            record[self.mc.clone()][of_run].copy_from_slice(&rest.mc);
         }
     }
 }
 
-/// The `at`-th scales of 16 rows.
+/// One f16 of each row.
 #[inline(always)]
-fn store_scales(part: &mut [u8], at: usize, scales: &[u16; TILE_ROWS]) {
-    let bytes = &mut part[at * 2 * TILE_ROWS..(at + 1) * 2 * TILE_ROWS];
-    for (two, scale) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(scales) {
+fn store_scales(to: &mut [u8], scales: &[u16; TILE_ROWS]) {
+    for (two, scale) in to.as_chunks_mut::<2>().0.iter_mut().zip(scales) {
         *two = scale.to_ne_bytes();
     }
 }
@@ -119,6 +97,29 @@ struct Rest {
     m: [u16; TILE_ROWS],
     sc: [u8; TILE_ROWS],
     mc: [u8; TILE_ROWS],
+}
+
+impl Rest {
+    /// Fifth bits and integer scales, among the bytes of the run.
+    #[inline(always)]
+    fn store<B: Blocks>(&self, run: &mut [u8]) {
+        if B::BITS == 5 {
+            let masks = &mut run[B::FIFTHS_AT..][..FIFTHS];
+            for (vector, mask) in masks.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                let first = vector % 2 * 16 + vector / 2 * 4;
+                let mut bits = 0;
+                for lane in 0..TILE_ROWS {
+                    bits |= u64::from(self.fifths[lane] >> first & 15) << (4 * lane);
+                }
+                *mask = bits.to_le_bytes();
+            }
+        }
+        if B::SCALES.is_super() {
+            let (sc, mc) = run[B::SCALES_AT..].split_at_mut(TILE_ROWS);
+            sc.copy_from_slice(&self.sc);
+            mc.copy_from_slice(&self.mc);
+        }
+    }
 }
 
 /// Vector i is word i of every row.

@@ -3,8 +3,6 @@
 
 use std::ops::Range;
 
-use half::f16;
-
 use super::blocks::{Blocks, RUN};
 use crate::linear::{Group, TileWeights, integer};
 use crate::matrix::TILE_ROWS;
@@ -68,11 +66,10 @@ fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     first: usize,
     acc: &mut [Lanes; M],
 ) {
-    let scales = w.scale_at::<B>(runs.start);
     for lane in 0..TILE_ROWS {
         let mut dots = [0i32; M];
         for b in runs.clone() {
-            let [left, right] = w.integer_scales(b, lane);
+            let [left, right] = w.integer_scales::<B>(b, lane);
             let u: [i32; RUN] = std::array::from_fn(|k| {
                 let scale = if k < RUN / 2 { left } else { right };
                 scale * (w.integer::<B>(b, lane, k) - B::ZERO)
@@ -84,7 +81,7 @@ fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
                 }
             }
         }
-        let d = f16::from_bits(w.d[scales + lane]).to_f32();
+        let [d, _] = w.halves::<B>(runs.start, lane);
         for row in 0..M {
             acc[row][lane] = (dots[row] as f32).mul_add(d, acc[row][lane]);
         }

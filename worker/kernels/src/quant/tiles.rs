@@ -6,16 +6,15 @@
 //! each vector. 6-bit formats do so too, and have two more vectors: the two top bits of vectors 0 to
 //! 3 and of 4 to 7, lowest first.
 //!
-//! A tile is one record of bytes, so that whoever reads it reads one stream.
-
-use std::ops::Range;
+//! A tile is one record of bytes that is read from end to end: run after run, each its quants and what
+//! else it has; where runs share the scales of a super-block, those stand before its first run.
 
 use half::f16;
 
 use super::blocks::{Blocks, RUN, Scales};
 use crate::linear::TileWeights;
 use crate::matrix::TILE_ROWS;
-use crate::memory::{Stretch, numbers};
+use crate::memory::Stretch;
 
 /// Runs of a super-block.
 pub(super) const SUPER_RUNS: usize = 8;
@@ -26,8 +25,11 @@ pub(crate) const TOPS: usize = 256;
 /// Bytes of a run's fifth bits, of all rows of a tile.
 pub(crate) const FIFTHS: usize = 64;
 
-/// Parts of a record begin on a cache line.
+/// Bytes of a cache line. Records begin on one; their parts on half of one.
 pub(crate) const LINE: usize = 64;
+
+/// Bytes of one f16 of each row.
+pub(super) const HALVES: usize = 2 * TILE_ROWS;
 
 /// Packed weights of a matrix: `[tile, record]`.
 #[derive(Debug)]
@@ -36,25 +38,13 @@ pub(crate) struct Tiles {
     pub(crate) record: Record,
 }
 
-/// What stands where in a tile's bytes. Empty where a format has no such thing.
+/// How long a tile's bytes are.
 #[derive(Debug, Clone)]
 pub(crate) struct Record {
-    /// `[run, 256 or 512]`
-    pub(super) quants: Range<usize>,
-    /// `[run, 8 masks of 64]`
-    pub(super) fifths: Range<usize>,
-    /// f16 bits: `[run, 16]`, of super-blocks `[super-block, 16]`.
-    pub(super) d: Range<usize>,
-    /// As `d`.
-    pub(super) m: Range<usize>,
-    /// `[run, 16]`
-    pub(super) sc: Range<usize>,
-    /// `[run, 16]`
-    pub(super) mc: Range<usize>,
-    len: usize,
     pub(super) n_runs: usize,
     /// Run of the first super-block at which rows begin: not 0 where a split fell inside it.
     pub(super) first_run: usize,
+    len: usize,
 }
 
 /// Bytes of a run's quants, of all rows of a tile.
@@ -66,31 +56,55 @@ pub(crate) const fn quant_bytes(bits: usize) -> usize {
     }
 }
 
+/// What stands where in the bytes of a run and of a super-block's head: masks of fifth bits, f16
+/// scales and mins, integer scales. A format uses those that it has.
+pub(super) trait Places: Blocks {
+    /// `[8 masks of 64]`
+    const FIFTHS_AT: usize = quant_bytes(Self::BITS);
+    /// `[16]` f16 bits, or behind them of integers: those of the run.
+    const SCALES_AT: usize = Self::FIFTHS_AT + if Self::BITS == 5 { FIFTHS } else { 0 };
+    /// Bytes of a run.
+    const RUN_BYTES: usize = Self::SCALES_AT
+        + if Self::SCALES.is_super() {
+            2 * TILE_ROWS
+        } else {
+            Self::HALVES_BYTES
+        };
+    /// Bytes before the first run of a super-block.
+    const HEAD_BYTES: usize = if Self::SCALES.is_super() { Self::HALVES_BYTES } else { 0 };
+    /// f16 scales and mins.
+    const HALVES_BYTES: usize = if Self::SCALES.has_min() { 2 * HALVES } else { HALVES };
+
+    /// Where run b of rows that begin at run `first_run` of a super-block begins.
+    #[inline(always)]
+    fn run_at(first_run: usize, b: usize) -> usize {
+        let n_heads = if Self::HEAD_BYTES > 0 { (first_run + b) / SUPER_RUNS + 1 } else { 0 };
+        b * Self::RUN_BYTES + n_heads * Self::HEAD_BYTES
+    }
+
+    /// Where the head of its super-block begins; where runs have scales of their own, those.
+    #[inline(always)]
+    fn head_at(first_run: usize, b: usize) -> usize {
+        if Self::HEAD_BYTES == 0 {
+            return Self::run_at(first_run, b) + Self::SCALES_AT;
+        }
+        let block = (first_run + b) / SUPER_RUNS;
+        let first = (block * SUPER_RUNS).saturating_sub(first_run);
+        first * Self::RUN_BYTES + block * Self::HEAD_BYTES
+    }
+}
+
+impl<B: Blocks> Places for B {}
+
 impl Record {
     /// Of rows of `columns`, the first of which is `first_column` of a block.
     pub(crate) fn new<B: Blocks>(columns: usize, first_column: usize) -> Self {
         let (n_runs, first_run) = (columns / RUN, first_column / RUN);
-        let is_super = B::SCALES.is_super();
-        let n_scales = if is_super { (first_run + n_runs).div_ceil(SUPER_RUNS) } else { n_runs };
-        let scales = 2 * TILE_ROWS * n_scales;
-        let integers = if is_super { TILE_ROWS * n_runs } else { 0 };
-        let mut len = 0;
-        let mut part = |bytes: usize| {
-            let start = len;
-            len += bytes.next_multiple_of(LINE);
-            start..start + bytes
+        let len = match n_runs {
+            0 => 0,
+            _ => B::run_at(first_run, n_runs - 1) + B::RUN_BYTES,
         };
-        Self {
-            quants: part(n_runs * quant_bytes(B::BITS)),
-            fifths: part(if B::BITS == 5 { n_runs * FIFTHS } else { 0 }),
-            d: part(scales),
-            m: part(if B::SCALES.has_min() { scales } else { 0 }),
-            sc: part(integers),
-            mc: part(integers),
-            len,
-            n_runs,
-            first_run,
-        }
+        Self { n_runs, first_run, len: len.next_multiple_of(LINE) }
     }
 
     /// Bytes of a tile.
@@ -102,7 +116,7 @@ impl Record {
 impl Tiles {
     /// One row as f32. A zero is +0.
     pub(crate) fn dequantise<B: Blocks>(&self, row: usize, out: &mut [f32]) {
-        let w = self.tile::<B>(row / TILE_ROWS);
+        let w = self.tile(row / TILE_ROWS);
         let lane = row % TILE_ROWS;
         for (b, out) in out.chunks_exact_mut(RUN).enumerate() {
             for (k, out) in out.iter_mut().enumerate() {
@@ -112,19 +126,9 @@ impl Tiles {
         }
     }
 
-    pub(crate) fn tile<B: Blocks>(&self, tile: usize) -> TileWeights<'_> {
-        let of = &self.record;
-        let record = &self.bytes[tile * of.len..(tile + 1) * of.len];
-        TileWeights {
-            quants: &record[of.quants.clone()],
-            fifths: &record[of.fifths.clone()],
-            d: numbers(&record[of.d.clone()]),
-            m: numbers(&record[of.m.clone()]),
-            sc: &record[of.sc.clone()],
-            mc: &record[of.mc.clone()],
-            first_run: of.first_run,
-            len: of.len,
-        }
+    pub(crate) fn tile(&self, tile: usize) -> TileWeights<'_> {
+        let Record { first_run, len, .. } = self.record;
+        TileWeights { bytes: &self.bytes[tile * len..(tile + 1) * len], first_run }
     }
 }
 
@@ -135,13 +139,16 @@ fn place(k: usize, lane: usize) -> (usize, usize) {
 }
 
 impl TileWeights<'_> {
-    /// Where run b's f16 scales stand.
+    /// The bytes of run b and what follows.
     #[inline(always)]
-    pub(crate) fn scale_at<B: Blocks>(&self, b: usize) -> usize {
-        match B::SCALES {
-            Scales::Plain | Scales::Min => b * TILE_ROWS,
-            Scales::Super | Scales::Halves => (self.first_run + b) / SUPER_RUNS * TILE_ROWS,
-        }
+    pub(crate) fn run<B: Blocks>(&self, b: usize) -> &[u8] {
+        &self.bytes[B::run_at(self.first_run, b)..]
+    }
+
+    /// The f16 scales of run b, and what follows.
+    #[inline(always)]
+    pub(crate) fn head<B: Blocks>(&self, b: usize) -> &[u8] {
+        &self.bytes[B::head_at(self.first_run, b)..]
     }
 
     /// Run behind the super-block of run b.
@@ -150,11 +157,22 @@ impl TileWeights<'_> {
         ((self.first_run + b) / SUPER_RUNS + 1) * SUPER_RUNS - self.first_run
     }
 
-    /// Integer scales of both halves of a row's run.
+    /// The f16 scale of a row's run, and its min where the format has one.
     #[inline(always)]
-    pub(crate) fn integer_scales(&self, b: usize, lane: usize) -> [i32; 2] {
-        let at = b * TILE_ROWS + lane;
-        [self.sc[at], self.mc[at]].map(|scale| i32::from(scale as i8))
+    pub(crate) fn halves<B: Blocks>(&self, b: usize, lane: usize) -> [f32; 2] {
+        let head = self.head::<B>(b);
+        let half = |at: usize| {
+            f16::from_bits(u16::from_ne_bytes([head[at + 2 * lane], head[at + 2 * lane + 1]]))
+        };
+        let min = if B::SCALES.has_min() { half(HALVES).to_f32() } else { 0.0 };
+        [half(0).to_f32(), min]
+    }
+
+    /// Integer scales of both halves of a row's run, or its scale and its min.
+    #[inline(always)]
+    pub(crate) fn integer_scales<B: Blocks>(&self, b: usize, lane: usize) -> [i32; 2] {
+        let scales = &self.run::<B>(b)[B::SCALES_AT..];
+        [scales[lane], scales[TILE_ROWS + lane]].map(|scale| i32::from(scale as i8))
     }
 
     /// Scale and min of half a row's run; products of f16 and 6-bit integers are exact in f32.
@@ -165,19 +183,14 @@ impl TileWeights<'_> {
         lane: usize,
         half_run: usize,
     ) -> (f32, f32) {
-        let at = self.scale_at::<B>(b) + lane;
-        let half = |bits: u16| f16::from_bits(bits).to_f32();
+        let [d, m] = self.halves::<B>(b, lane);
+        if !B::SCALES.is_super() {
+            return (d, m);
+        }
+        let integers = self.integer_scales::<B>(b, lane).map(|scale| scale as f32);
         match B::SCALES {
-            Scales::Plain => (half(self.d[at]), 0.0),
-            Scales::Min => (half(self.d[at]), half(self.m[at])),
-            Scales::Super => {
-                let integer = |of: &[u8]| f32::from(of[b * TILE_ROWS + lane]);
-                (half(self.d[at]) * integer(self.sc), -(half(self.m[at]) * integer(self.mc)))
-            }
-            Scales::Halves => {
-                let integers = if half_run == 0 { self.sc } else { self.mc };
-                (half(self.d[at]) * f32::from(integers[b * TILE_ROWS + lane] as i8), 0.0)
-            }
+            Scales::Halves => (d * integers[half_run], 0.0),
+            _ => (d * integers[0], -(m * integers[1])),
         }
     }
 
@@ -185,14 +198,14 @@ impl TileWeights<'_> {
     #[inline(always)]
     pub(crate) fn integer<B: Blocks>(&self, b: usize, lane: usize, k: usize) -> i32 {
         let (vector, byte) = place(k, lane);
-        let quants = &self.quants[b * quant_bytes(B::BITS)..];
+        let run = self.run::<B>(b);
         if B::BITS == 8 {
-            return i32::from(quants[vector * 64 + byte]);
+            return i32::from(run[vector * 64 + byte]);
         }
-        let low = (quants[vector / 2 * 64 + byte] >> (vector % 2 * 4)) & 15;
+        let low = (run[vector / 2 * 64 + byte] >> (vector % 2 * 4)) & 15;
         let top = match B::BITS {
-            5 => (self.fifths[b * FIFTHS + vector * 8 + byte / 8] >> (byte % 8)) & 1,
-            6 => (quants[TOPS + vector / 4 * 64 + byte] >> (vector % 4 * 2)) & 3,
+            5 => (run[B::FIFTHS_AT + vector * 8 + byte / 8] >> (byte % 8)) & 1,
+            6 => (run[TOPS + vector / 4 * 64 + byte] >> (vector % 4 * 2)) & 3,
             _ => 0,
         };
         i32::from(low | top << 4)

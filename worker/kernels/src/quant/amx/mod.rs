@@ -15,7 +15,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::blocks::Blocks;
-use super::tiles::{LINE, quant_bytes};
+use super::tiles::{LINE, Places, quant_bytes};
 use crate::activation::GROUP;
 use crate::linear::{Group, MAX_DEPTH, Sum, TileWeights, scale_runs};
 use crate::matrix::TILE_ROWS;
@@ -248,11 +248,16 @@ impl Pass<'_, '_> {
                     is_begun = is_followed;
                 }
             }
-            if n_groups > 1 || B::SCALES.sums_integers() {
-                let n_lines = window.blocks.len() * quant_bytes(B::BITS) / LINE;
-                for line in pool::part(n_lines, this.group, n_groups) {
-                    _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(line * LINE).cast());
-                }
+            // What a block of assembly does not.
+            let n_runs = window.blocks.len();
+            let n_lines = (n_runs * B::RUN_BYTES + B::HEAD_BYTES).div_ceil(LINE);
+            let fetched = match n_groups == 1 && !B::SCALES.sums_integers() {
+                true => n_runs * quant_bytes(B::BITS) / LINE,
+                false => 0,
+            };
+            for line in pool::part(n_lines - fetched, this.group, n_groups) {
+                let line = ahead.wrapping_add((fetched + line) * LINE);
+                _mm_prefetch::<_MM_HINT_T1>(line.cast());
             }
             if let Some(end) = &window.leaf_end {
                 self.end_leaf::<ROWS>(this, end);
@@ -260,12 +265,12 @@ impl Pass<'_, '_> {
         }
     }
 
-    /// Quants of a tile to bring near in this window: its next, or its first of the pass after this.
+    /// Weights of a tile to bring near in this window: its next, or its first of the pass after this.
     fn ahead<B: Blocks>(&self, tile: usize, window: &Window) -> *const u8 {
         let w = &self.tiles[tile];
-        let end = window.blocks.end * quant_bytes(B::BITS);
-        let is_last = end >= w.quants.len();
-        w.quants.as_ptr().wrapping_add(if is_last { self.tiles.len() * w.len } else { end })
+        let end = B::run_at(w.first_run, window.blocks.end - 1) + B::RUN_BYTES;
+        let is_last = end + LINE > w.bytes.len();
+        w.bytes.as_ptr().wrapping_add(if is_last { self.tiles.len() * w.bytes.len() } else { end })
     }
 
     /// Merges a leaf's sum into the tree; stores the sum of a part that is complete.

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::avx512::{fetch_scales, nibbles, scales, vectors};
+use super::super::avx512::{at, head, nibbles, scales, vectors};
 use super::super::blocks::{Blocks, RUN, Scales};
 use super::super::tiles::quant_bytes;
 use super::segment::{self, Operands, Segment, Shape};
@@ -74,9 +74,10 @@ pub(super) unsafe fn unpack<B: Blocks>(
         let put = |at: usize, v| unsafe { _mm512_store_si512(to.add(at * 64).cast(), v) };
         // SAFETY: the caller's promise; lanes are 16 floats.
         unsafe {
+            let run = at::<B>(w, b);
             for j in 0..4 {
                 if B::BITS == 4 {
-                    let packed = nibbles::<B>(w, b, j);
+                    let packed = nibbles(run, j);
                     let [left, right, left_16, right_16] = if Shape::of::<B>().is_signed() {
                         apart::<0xf8, 0x80>(packed, SIGNED)
                     } else {
@@ -87,7 +88,7 @@ pub(super) unsafe fn unpack<B: Blocks>(
                     put(8 + j, left);
                     put(12 + j, right);
                 } else {
-                    let (left, right) = vectors::<B>(w, b, j);
+                    let (left, right) = vectors::<B>(run, j);
                     let centred = |v| match Shape::of::<B>().is_signed() {
                         true => _mm512_sub_epi8(v, zero),
                         false => v,
@@ -96,8 +97,7 @@ pub(super) unsafe fn unpack<B: Blocks>(
                     put(4 + j, centred(right));
                 }
             }
-            fetch_scales::<B>(w, b);
-            let (scale, min) = scales::<B>(w, b);
+            let (scale, min) = scales::<B>(run, head::<B>(w, b));
             _mm512_store_ps(scratch.scales[t][0][i].as_mut_ptr(), scale);
             let min = match B::SCALES {
                 Scales::Super => _mm512_sub_ps(_mm512_setzero_ps(), min),

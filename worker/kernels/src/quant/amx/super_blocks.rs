@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::avx512::{integer_scales, vectors};
+use super::super::avx512::{at, halves_of, head, integer_scales, vectors};
 use super::super::blocks::{Blocks, RUN};
 use super::{At, Product, Scratch, Sums, TERMS, Window, add_scaled, put};
 use crate::linear::{Group, TileWeights};
@@ -70,11 +70,12 @@ pub(super) unsafe fn unpack<B: Blocks>(
         };
         // SAFETY: the caller's promise.
         unsafe {
-            let (left_scale, right_scale) = integer_scales(w, b);
+            let run = at::<B>(w, b);
+            let (left_scale, right_scale) = integer_scales::<B>(run);
             let twice = |v| _mm512_mask_blend_epi16(0xaaaa_aaaa, v, _mm512_slli_epi32::<16>(v));
             let (left_scale, right_scale) = (twice(left_scale), twice(right_scale));
             for j in 0..4 {
-                let (left, right) = vectors::<B>(w, b, j);
+                let (left, right) = vectors::<B>(run, j);
                 put(j, left, left_scale);
                 put(4 + j, right, right_scale);
             }
@@ -101,9 +102,8 @@ pub(super) unsafe fn multiply<B: Blocks, const ROWS: usize>(
         let products_at = scratch.products.as_mut_ptr().cast();
         // SAFETY: the caller's promise.
         unsafe { products(runs.clone(), group, weights, products_at) };
-        let scale_at = w.scale_at::<B>(runs.start);
         // SAFETY: the tile has a scale for 16 rows of these runs.
-        let scale = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(w.d[scale_at..].as_ptr().cast())) };
+        let scale = unsafe { halves_of(head::<B>(w, runs.start)) };
         let acc = add::<ROWS>(&scratch.products, scale, &scratch.acc, i == 0);
         if runs.end == all.end {
             add_scaled(&acc, d, &mut scratch.total[at.sums], window.begins_leaf);
