@@ -56,26 +56,22 @@ pub(crate) const fn quant_bytes(bits: usize) -> usize {
     }
 }
 
-/// What stands where in the bytes of a run and of a super-block's head: masks of fifth bits, f16
-/// scales and mins, integer scales. A format uses those that it has.
+/// What stands where: a run is its quants, masks of fifth bits, and scales: f16 ones and mins or,
+/// where a super-block's head has those, integer ones. A format has what it needs of them.
 pub(super) trait Places: Blocks {
     /// `[8 masks of 64]`
     const FIFTHS_AT: usize = quant_bytes(Self::BITS);
-    /// `[16]` f16 bits, or behind them of integers: those of the run.
+    /// f16 bits: `[16]`, and mins `[16]`; or integers: `[2, 16]`.
     const SCALES_AT: usize = Self::FIFTHS_AT + if Self::BITS == 5 { FIFTHS } else { 0 };
     /// Bytes of a run.
-    const RUN_BYTES: usize = Self::SCALES_AT
-        + if Self::SCALES.is_super() {
-            2 * TILE_ROWS
-        } else {
-            Self::HALVES_BYTES
-        };
+    const RUN_BYTES: usize =
+        Self::SCALES_AT + if Self::SCALES.is_super() { 2 * TILE_ROWS } else { Self::HALVES_BYTES };
     /// Bytes before the first run of a super-block.
     const HEAD_BYTES: usize = if Self::SCALES.is_super() { Self::HALVES_BYTES } else { 0 };
-    /// f16 scales and mins.
+    /// Bytes of f16 scales and mins.
     const HALVES_BYTES: usize = if Self::SCALES.has_min() { 2 * HALVES } else { HALVES };
 
-    /// Where run b of rows that begin at run `first_run` of a super-block begins.
+    /// Where run b begins, of rows that begin at run `first_run` of a super-block.
     #[inline(always)]
     fn run_at(first_run: usize, b: usize) -> usize {
         let n_heads = if Self::HEAD_BYTES > 0 { (first_run + b) / SUPER_RUNS + 1 } else { 0 };
