@@ -248,7 +248,7 @@ impl Pass<'_, '_> {
                     is_begun = is_followed;
                 }
             }
-            // What a block of assembly does not.
+            // All of it but for what a block of assembly has fetched.
             let n_runs = window.blocks.len();
             let n_lines = (n_runs * B::RUN_BYTES + B::HEAD_BYTES).div_ceil(LINE);
             let fetched = match n_groups == 1 && !B::SCALES.sums_integers() {
