@@ -239,7 +239,8 @@ fn avx2<W: Word, const M: usize, const T: usize>(
     portable::<W, M, T>(w, x, task, store);
 }
 
-/// Bytes of each tile that a pass fetches ahead: only the first one reads from memory.
+/// Bytes of each tile that a pass fetches ahead. Only the first one reads from memory; for others it
+/// costs less than to ask which it is.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
 
@@ -261,11 +262,9 @@ fn avx512<W: Word, const M: usize, const T: usize>(
             unsafe {
                 let pairs: [[__m512; 2]; T] = std::array::from_fn(|t| {
                     let at = w[t].as_ptr().add(k * W::BYTES);
-                    if M <= 4 {
-                        for line in 0..W::BYTES / 64 {
-                            let ahead = at.wrapping_add(AHEAD + 64 * line);
-                            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                        }
+                    for line in 0..W::BYTES / 64 {
+                        let ahead = at.wrapping_add(AHEAD + 64 * line);
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                     }
                     W::pair_avx512(at)
                 });
