@@ -239,8 +239,8 @@ fn avx2<W: Word, const M: usize, const T: usize>(
     portable::<W, M, T>(w, x, task, store);
 }
 
-/// Bytes of each tile that a pass fetches ahead. Only the first one reads from memory; for others it
-/// costs less than to ask which it is.
+/// Bytes of each tile that a pass fetches ahead. Only the first one reads from memory; others fetch
+/// what is near.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
 

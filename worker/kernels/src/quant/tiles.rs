@@ -207,3 +207,39 @@ impl TileWeights<'_> {
         i32::from(low | top << 4)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{Format, with_blocks};
+
+    #[test]
+    fn the_parts_of_a_record_fill_it_and_do_not_overlap() {
+        for format in Format::ALL {
+            with_blocks!(format, B => check::<B>(), _ => {});
+        }
+    }
+
+    fn check<B: Blocks>() {
+        let first_runs = 0..B::FORMAT.block_len() / RUN;
+        for (first_run, n_runs) in first_runs.flat_map(|first| (1..20).map(move |n| (first, n))) {
+            let record = Record::new::<B>(n_runs * RUN, first_run * RUN);
+            let mut n_parts = vec![0; record.len()];
+            let mut heads = Vec::new();
+            for b in 0..n_runs {
+                let run = B::run_at(first_run, b);
+                n_parts[run..run + B::RUN_BYTES].iter_mut().for_each(|n| *n += 1);
+                let head = B::head_at(first_run, b);
+                if B::HEAD_BYTES == 0 {
+                    assert_eq!(head + B::HALVES_BYTES, run + B::RUN_BYTES);
+                } else if heads.last() != Some(&head) {
+                    heads.push(head);
+                    n_parts[head..head + B::HEAD_BYTES].iter_mut().for_each(|n| *n += 1);
+                }
+            }
+            let filled = n_parts.iter().take_while(|&&n| n == 1).count();
+            assert!(n_parts[filled..].iter().all(|&n| n == 0), "{first_run} {n_runs}");
+            assert!(record.len() - filled < LINE, "{first_run} {n_runs}");
+        }
+    }
+}
