@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::signals;
 use crate::traces::{Tracing, finish};
-use crate::values::{Kv, Registry, Shares};
+use crate::values::{Activations, Kv, Registry, Shares};
 
 const EXAMPLES: &str = "Examples:
   One coordinator that keeps the registry itself, and a worker that joins it:
@@ -51,6 +51,9 @@ pub struct Options {
     /// How the groups' workers keep keys and values.
     #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// How finely processors round what they multiply weights with.
+    #[arg(long, env = "EVENER_ACTIVATIONS", value_enum, default_value_t = Activations::Int12)]
+    pub activations: Activations,
     /// Let requests of different users share what is cached of equal prompts; one can then tell by
     /// the time an answer takes what others asked.
     #[arg(long, env = "EVENER_SHARE_PREFIXES")]
@@ -83,6 +86,7 @@ impl Options {
         };
         let mut cluster = cluster::Options::at(place);
         cluster.supervisor.placement.kv_format = self.kv.into();
+        cluster.supervisor.placement.activations = self.activations.into();
         if let Some(name) = &self.deploy {
             let shares = self.shares.map(|shares| shares.0).unwrap_or_default();
             let n_shares = u32::try_from(shares.len()).unwrap_or(u32::MAX);

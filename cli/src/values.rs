@@ -268,6 +268,26 @@ impl From<Kv> for KvFormat {
     }
 }
 
+/// How finely processors round what they multiply weights with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activations {
+    /// To 12 bits; not at all where weights are not quantised.
+    Int12,
+    /// To 8 bits, or bf16 where weights are bf16, as other engines do: prompts and batches are faster,
+    /// and a small model chooses another token at 3 to 4 of 100 positions.
+    Int8,
+}
+
+impl From<Activations> for evener_proto::Activations {
+    fn from(activations: Activations) -> Self {
+        match activations {
+            Activations::Int12 => Self::Int12,
+            Activations::Int8 => Self::Int8,
+        }
+    }
+}
+
 /// How weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]

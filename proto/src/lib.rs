@@ -3,10 +3,12 @@
 //! Nothing else is shared between coordinator and worker. Generated types stop at each crate's
 //! border file.
 
+pub mod activations;
 pub mod ids;
 pub mod keys;
 pub mod kv_format;
 
+pub use activations::Activations;
 pub use kv_format::KvFormat;
 
 /// Encoding and decoding of the messages below.

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use evener_collective::{Mesh, Options as MeshOptions};
+use evener_kernels::activation::Precision;
 use evener_kernels::attention::Format as KvFormat;
 use evener_kernels::cuda::activations::Activations;
 use evener_kernels::cuda::linear::{Parts, Projection, Scratch, linear};
@@ -209,6 +210,7 @@ fn measure(place: Place, model: &str, sizes: &Sizes, ceilings: &Ceilings) -> Res
         max_sample_rows: most,
         max_context: longest,
         kv_format: KvFormat::F16,
+        activations: Precision::Int12,
         spin: true,
         cores: Vec::new(),
     };

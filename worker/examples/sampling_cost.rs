@@ -129,6 +129,7 @@ fn ranks(checkpoint: &Checkpoint, n_sequences: usize) -> Result<Vec<Rank>, Failu
     };
     let options = backend::Options {
         kv_format: backend::KvFormat::F16,
+        activations: backend::Activations::Int12,
         threads: 1,
         max_batch_tokens: limits.max_batch_tokens,
         max_sample_rows: limits.max_sample_rows,

@@ -238,6 +238,7 @@ fn ranks(checkpoint: &Checkpoint, shape: Shape<'_>) -> Result<Vec<Rank>, Failure
     };
     let options = backend::Options {
         kv_format: backend::KvFormat::F16,
+        activations: backend::Activations::Int12,
         threads,
         max_batch_tokens: limits.max_batch_tokens,
         max_sample_rows: limits.max_sample_rows,

@@ -11,9 +11,9 @@ pub use evener_kernels::measure::peaks::{Kind, Peak, measure as peaks};
 pub use evener_kernels::quant::Format;
 
 use evener_kernels::measure::linear;
-use evener_proto::KvFormat;
+use evener_proto::{Activations, KvFormat};
 
-use crate::backend::CPU_PRECISION;
+use crate::backend;
 use crate::checkpoint::Checkpoint;
 
 /// One linear layer of `[rows, columns]` on 1 to many rows of activations, as the CPU backend runs
@@ -21,12 +21,13 @@ use crate::checkpoint::Checkpoint;
 pub fn linear(
     pool: &mut Pool,
     far: &Buffer,
+    activations: Activations,
     format: Format,
     shape: [usize; 2],
     ms: &[usize],
     place: Place,
 ) -> Vec<Figure> {
-    linear::measure(pool, far, CPU_PRECISION, format, shape, ms, place)
+    linear::measure(pool, far, backend::activations(activations), format, shape, ms, place)
 }
 
 /// What a format is multiplied with at best.

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::backend::{KV_BLOCK_LEN, KvFormat};
+use crate::backend::{self, KV_BLOCK_LEN, KvFormat};
 use crate::engine::handle;
 use crate::engine::output::{End, Event, StepOutput, StreamEnd, TokenOut};
 use crate::engine::sampler::Sampling;
@@ -140,6 +140,9 @@ fn join(request: proto::JoinGroupRequest) -> Result<Join, Status> {
         step_timeout: timeout("step_timeout_ms", request.step_timeout_ms)?,
         max_sequences: (request.max_sequences > 0).then_some(request.max_sequences as usize),
         kv_format: kv_format(request.kv_format)?,
+        activations: evener_proto::Activations::from_wire(request.activations)
+            .map(backend::activations)
+            .map_err(invalid)?,
     })
 }
 

@@ -12,7 +12,7 @@ use evener_collective::{AbortHandle, GroupSpec, Peer, Rendezvous};
 use evener_proto::ids::{Epoch as EpochNumber, GroupId, ModelName, WorkerId};
 use tokio::sync::watch;
 
-use crate::backend::{self, KvFormat};
+use crate::backend::{self, Activations, KvFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, Cores};
 use crate::engine::Handle;
@@ -47,6 +47,8 @@ pub struct Join {
     pub max_sequences: Option<usize>,
     /// Of every rank's KV cache.
     pub kv_format: KvFormat,
+    /// Of every CPU rank's products.
+    pub activations: Activations,
 }
 
 /// One rank of a group.
@@ -286,6 +288,7 @@ impl Session {
                 max_sample_rows: max_sample_rows(max_running),
                 max_context: held.context_length,
                 kv_format: join.kv_format,
+                activations: join.activations,
                 spin: n_local_ranks * options.threads <= n_cores,
                 cores: cores_of(options, n_local_ranks),
             },

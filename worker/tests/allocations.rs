@@ -92,6 +92,7 @@ fn ranks(world_size: usize) -> Vec<Rank> {
     let limits = limits(checkpoint.config.vocab);
     let options = backend::Options {
         kv_format: backend::KvFormat::F16,
+        activations: backend::Activations::Int12,
         threads: THREADS,
         max_batch_tokens: limits.max_batch_tokens,
         max_sample_rows: limits.max_sample_rows,

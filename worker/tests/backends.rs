@@ -162,7 +162,14 @@ fn check(
                 |len: &usize| (0..*len).map(|_| rng.random_range(0..N_TOKENS as u32)).collect();
             let sequences: Vec<Vec<u32>> = lens.iter().map(&mut tokens).collect();
             let sequences: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-            let group = Group { kind, shares: &vec![1; n_ranks], threads, chunk, kv_format };
+            let group = Group {
+                kind,
+                shares: &vec![1; n_ranks],
+                threads,
+                chunk,
+                kv_format,
+                ..Group::default()
+            };
             let got = group.run(&tensors.checkpoint, program, width, &sequences);
             for (sequence, got) in sequences.iter().zip(got) {
                 let expected = expected(sequence).concat();

@@ -256,6 +256,7 @@ fn weights_that_are_not_finite_are_refused_at_load_by_tensor_row_and_block() {
             max_sample_rows: 1,
             max_context: 1,
             kv_format: backend::KvFormat::F16,
+            activations: backend::Activations::Int12,
             spin: false,
             cores: Vec::new(),
         };

@@ -52,7 +52,7 @@ fn check(
     let sequences: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
     let [want, got] = [Kind::Reference, cuda()].map(|kind| {
         let shares = if kind == Kind::Reference { &[1] } else { shares };
-        Group { kind, shares, threads: 1, chunk, kv_format }.logits(&checkpoint, &sequences)
+        Group { kind, shares, chunk, kv_format, ..Group::default() }.logits(&checkpoint, &sequences)
     });
     let about = format!("{:?}, {shares:?}, {kv_format:?}, chunk {chunk}, {lens:?}", model.format);
     compare(&want, &got, tolerance, &about);
@@ -148,8 +148,7 @@ fn a_processor_and_a_card_make_a_group() {
     let model = TinyModel { format: GgmlDType::Q8_0, ..TinyModel::default() };
     let (checkpoint, sequences) = (checkpoint(&model), sequences(&[12, 9]));
     let sequences: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-    let group =
-        |kind, shares| Group { kind, shares, threads: 1, chunk: 5, kv_format: KvFormat::F16 };
+    let group = |kind, shares| Group { kind, shares, chunk: 5, ..Group::default() };
     let want = group(Kind::Reference, &[1][..]).logits(&checkpoint, &sequences);
     let (shares, vocab) = (&[1, 2][..], checkpoint.config.vocab);
     let split = shard::split(&checkpoint.config, shares).unwrap();
@@ -166,8 +165,7 @@ fn the_demo_model_agrees_with_the_processor() {
     let checkpoint = Checkpoint::open(&support::real_model()).unwrap();
     let tokens: [u32; 7] = [1, 4093, 198, 504, 3575, 282, 4649];
     let [want, got] = [Kind::Cpu, cuda()].map(|kind| {
-        let kv_format = KvFormat::F16;
-        let group = Group { kind, shares: &[1], threads: 1, chunk: tokens.len(), kv_format };
+        let group = Group { kind, chunk: tokens.len(), ..Group::default() };
         group.logits(&checkpoint, &[&tokens])
     });
     compare(&want, &got, DEMO_TOLERANCE, "the demo model");
@@ -186,8 +184,7 @@ fn ranks_that_sum_on_their_devices_agree_with_plain_tensors() {
     let (checkpoint, tokens) = (checkpoint(&TinyModel::default()), sequences(&[20, 17]));
     let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
     let vocab = checkpoint.config.vocab;
-    let group =
-        |kind, shares, chunk| Group { kind, shares, threads: 1, chunk, kv_format: KvFormat::F16 };
+    let group = |kind, shares, chunk| Group { kind, shares, chunk, ..Group::default() };
     let want = group(Kind::Reference, &[1][..], 20).logits(&checkpoint, &sequences);
     // By single tokens, whose steps are replayed from graphs, sums and all; and by prompts. A rank
     // of the last has no part of attention: it adds zeros.
@@ -206,8 +203,8 @@ fn ranks_that_sum_on_their_devices_agree_with_plain_tensors() {
 fn step_ended_by(timeout: Duration, instead: fn(Mesh, &AbortHandle, &Receiver<()>)) -> String {
     let (checkpoint, tokens) = (checkpoint(&TinyModel::default()), sequences(&[3]));
     let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-    let (shares, kv_format) = (&[1, 1], KvFormat::F16);
-    let group = Group { kind: cuda(), shares, threads: 1, chunk: 3, kv_format };
+    let shares = &[1, 1];
+    let group = Group { kind: cuda(), shares, chunk: 3, ..Group::default() };
     let split = shard::split(&checkpoint.config, shares).unwrap();
     let [mut one, mut other] = [0, 1].map(|rank| {
         let program = families::compile(&checkpoint.config, &split, rank);

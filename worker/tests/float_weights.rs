@@ -69,10 +69,10 @@ fn logits_are_those_of_the_oracle_in_f32() {
         let inputs: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let group = Group {
             kind: Kind::Cpu,
-            shares: &[1],
             threads: 2,
             chunk: 16,
             kv_format: KvFormat::F32,
+            ..Group::default()
         };
         for (prompt, got) in prompts.iter().zip(group.logits(&checkpoint, &inputs)) {
             let want = oracle_logits(&file, prompt);
@@ -95,13 +95,7 @@ fn bits_do_not_depend_on_splits_threads_or_batch() {
         let alone: Vec<Vec<u32>> = prompts
             .iter()
             .map(|prompt| {
-                let group = Group {
-                    kind: Kind::Cpu,
-                    shares: &[1],
-                    threads: 1,
-                    chunk: 64,
-                    kv_format: KvFormat::F32,
-                };
+                let group = Group { chunk: 64, kv_format: KvFormat::F32, ..Group::default() };
                 bits(&group.logits(&checkpoint, &[prompt])[0])
             })
             .collect();
@@ -109,7 +103,8 @@ fn bits_do_not_depend_on_splits_threads_or_batch() {
         let cases: [(&[u32], usize, usize); 5] =
             [(&[1], 2, 1), (&[1], 1, 7), (&[1, 1], 1, 16), (&[2, 1], 2, 5), (&[1, 1, 1], 1, 64)];
         for (shares, threads, chunk) in cases {
-            let group = Group { kind: Kind::Cpu, shares, threads, chunk, kv_format: KvFormat::F32 };
+            let group =
+                Group { shares, threads, chunk, kv_format: KvFormat::F32, ..Group::default() };
             let got: Vec<_> =
                 group.logits(&checkpoint, &together).iter().map(|l| bits(l)).collect();
             assert!(got == alone, "{format:?}, {shares:?}, {threads} threads, {chunk} a chunk");

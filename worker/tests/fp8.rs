@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 
 use candle_core::quantized::GgmlDType;
 use evener_kernels::quant::fp8;
-use evener_worker::backend::{self, Kind, KvFormat};
+use evener_worker::backend::{self, Activations, Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, Error, FileBytes, Kept};
 use evener_worker::model::{families, shard};
 
@@ -67,7 +67,7 @@ fn logits(
     let sequences: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
     // As the reference's, where that tells how near a processor comes to it.
     let kv_format = if kind == Kind::Cpu { KvFormat::F32 } else { KvFormat::F16 };
-    let group = Group { kind, shares, threads: 1, chunk, kv_format };
+    let group = Group { kind, shares, chunk, kv_format, ..Group::default() };
     group.logits(checkpoint, &sequences)
 }
 
@@ -137,8 +137,7 @@ fn a_processor_and_a_card_hold_the_same_numbers() {
     let (shares, vocab) = (&[1, 2][..], checkpoint.config.vocab);
     let split = shard::split(&checkpoint.config, shares).unwrap();
     let program = |rank| families::compile(&checkpoint.config, &split, rank);
-    let kv_format = KvFormat::F16;
-    let group = Group { kind: Kind::Cpu, shares, threads: 1, chunk: 5, kv_format };
+    let group = Group { shares, chunk: 5, ..Group::default() };
     let kinds = [Kind::Cpu, cuda()];
     let got = group.run_mixed(&kinds, Meet::OnDevices, &checkpoint, &program, vocab, &tokens);
     compare(&want, &got, 2.0 * TOLERANCE, "a processor and a card");
@@ -181,6 +180,7 @@ fn what_is_not_finite_is_refused_by_its_place() {
             max_sample_rows: 1,
             max_context: 8,
             kv_format: KvFormat::F16,
+            activations: Activations::Int12,
             spin: false,
             cores: Vec::new(),
         };

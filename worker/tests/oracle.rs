@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use evener_worker::backend::{Kind, KvFormat};
+use evener_worker::backend::{Activations, Kind, KvFormat};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::{families, shard};
 use tokenizers::Tokenizer;
@@ -205,37 +205,45 @@ fn oracles() -> &'static Oracles {
 }
 
 /// Compares the first `n` positions with both oracles.
-fn check(kind: Kind, shares: &[u32], n: usize, kv_format: KvFormat, criteria: Criteria) {
+fn check(group: Group<'_>, n: usize, criteria: Criteria) {
     let Oracles { checkpoint, sequences, dequantised, rounded } = oracles();
     let inputs: Vec<&[u32]> = sequences.iter().map(|tokens| &tokens[..n]).collect();
-    let group = Group { kind, shares, threads: 1, chunk: 48, kv_format };
+    let group = Group { chunk: 48, ..group };
     let ours = group.logits(checkpoint, &inputs);
     let vocab = checkpoint.config.vocab;
-    let what = format!("{kind:?} {shares:?} {kv_format:?} against f32 activations");
+    let what = format!("{group:?} against f32 activations");
     let comparison = Comparison::new(&ours, dequantised, sequences, vocab);
     comparison.check(&what, N_SEQUENCES * n, criteria);
-    let what = format!("{kind:?} {shares:?} {kv_format:?} against 8-bit activations");
+    let what = format!("{group:?} against 8-bit activations");
     let comparison = Comparison::new(&ours, rounded, sequences, vocab);
     comparison.check(&what, N_SEQUENCES * N_SHORT, ROUNDED_8);
 }
 
 #[test]
 fn reference_agrees_with_the_oracle_for_any_split() {
-    check(Kind::Reference, &[1], N_POSITIONS, KvFormat::F32, REORDERED);
+    let kind = Kind::Reference;
+    check(Group { kind, ..Group::default() }, N_POSITIONS, REORDERED);
     for shares in [&[1, 1][..], &[3, 2, 2], &[1, 1, 1, 1]] {
-        check(Kind::Reference, shares, N_SHORT, KvFormat::F32, REORDERED);
+        check(Group { kind, shares, ..Group::default() }, N_SHORT, REORDERED);
     }
 }
 
 #[test]
 fn cpu_agrees_with_the_oracle() {
     for kv_format in [KvFormat::F32, KvFormat::F16] {
-        check(Kind::Cpu, &[1], N_POSITIONS, kv_format, ROUNDED_12);
+        check(Group { kv_format, ..Group::default() }, N_POSITIONS, ROUNDED_12);
     }
-    check(Kind::Cpu, &[3, 2, 2], N_SHORT, KvFormat::F16, ROUNDED_12);
+    check(Group { shares: &[3, 2, 2], ..Group::default() }, N_SHORT, ROUNDED_12);
 }
 
 #[test]
 fn cpu_with_keys_and_values_in_int8_stays_near_the_oracle() {
-    check(Kind::Cpu, &[1], N_POSITIONS, KvFormat::Int8, KV_ROUNDED_8);
+    let group = Group { kv_format: KvFormat::Int8, ..Group::default() };
+    check(group, N_POSITIONS, KV_ROUNDED_8);
+}
+
+#[test]
+fn cpu_with_activations_in_int8_is_as_near_as_the_oracle_is_to_itself() {
+    let group = Group { activations: Activations::Int8, ..Group::default() };
+    check(group, N_POSITIONS, ROUNDED_8);
 }

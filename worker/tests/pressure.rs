@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use evener_collective::{Mesh, Options as MeshOptions};
-use evener_worker::backend::{self, KV_BLOCK_LEN, Kind, KvFormat};
+use evener_worker::backend::{self, Activations, KV_BLOCK_LEN, Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::engine::output::Event;
 use evener_worker::engine::sampler::Sampling;
@@ -86,6 +86,7 @@ fn ranks(kind: Kind, kv_format: KvFormat, shares: &[u32], n_kv_blocks: u32) -> V
     };
     let options = backend::Options {
         kv_format,
+        activations: Activations::Int12,
         threads: 1,
         max_batch_tokens: limits.max_batch_tokens,
         max_sample_rows: limits.max_sample_rows,

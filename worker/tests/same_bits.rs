@@ -6,11 +6,19 @@
 
 mod support;
 
-use evener_worker::backend::{Kind, KvFormat};
+use evener_worker::backend::{Activations, KvFormat};
 use evener_worker::checkpoint::Checkpoint;
 
 use support::group::Group;
 use support::real_model;
+
+/// How a group keeps KV and rounds activations; the default first.
+const FORMATS: [(KvFormat, Activations); 4] = [
+    (KvFormat::F16, Activations::Int12),
+    (KvFormat::F32, Activations::Int12),
+    (KvFormat::Int8, Activations::Int12),
+    (KvFormat::F16, Activations::Int8),
+];
 
 const PROMPT_LEN: u32 = 40;
 
@@ -27,15 +35,17 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 fn logits_do_not_depend_on_the_split_or_the_threads() {
     let checkpoint = Checkpoint::open(&real_model()).unwrap();
     let prompt = tokens(1);
-    let logits = |kv_format, shares, threads| {
-        let group = Group { kind: Kind::Cpu, shares, threads, chunk: prompt.len(), kv_format };
+    let logits = |group: Group<'_>| {
+        let group = Group { chunk: prompt.len(), ..group };
         bits(&group.logits(&checkpoint, &[&prompt])[0])
     };
-    for kv_format in [KvFormat::F32, KvFormat::Int8] {
-        let equal = logits(kv_format, &[1], 1) == logits(kv_format, &[3, 1], 2);
-        assert!(equal, "a split gives other bits with KV in {kv_format:?}");
+    for (kv_format, activations) in FORMATS {
+        let one = Group { kv_format, activations, ..Group::default() };
+        let two = Group { shares: &[3, 1], threads: 2, ..one.clone() };
+        let equal = logits(one) == logits(two);
+        assert!(equal, "a split gives other bits with KV in {kv_format:?}, {activations:?}");
     }
-    let logits = |shares, threads| logits(KvFormat::F16, shares, threads);
+    let logits = |shares, threads| logits(Group { shares, threads, ..Group::default() });
     let want = logits(&[1], 1);
     let splits: [&[u32]; 8] =
         [&[1], &[1, 1], &[2, 1], &[1, 5], &[1, 1, 1], &[3, 2, 2], &[1, 1, 1, 1], &[7, 1, 2, 3, 1]];
@@ -52,20 +62,17 @@ fn logits_do_not_depend_on_the_batch() {
     let checkpoint = Checkpoint::open(&real_model()).unwrap();
     let prompts: Vec<Vec<u32>> = (1..=3).map(tokens).collect();
     let together: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    let (one, kind, chunk) = (&[1][..], Kind::Cpu, PROMPT_LEN as usize);
-    for (kv_format, cases) in [
-        (KvFormat::F16, &[(one, 7), (&[2, 1], 1), (&[1, 1], 16)][..]),
-        (KvFormat::F32, &[(one, 7)]),
-        (KvFormat::Int8, &[(one, 7)]),
-    ] {
-        let group = Group { kind, shares: one, threads: 1, chunk, kv_format };
+    for (i, (kv_format, activations)) in FORMATS.into_iter().enumerate() {
+        let base = Group { kv_format, activations, ..Group::default() };
+        let group = Group { chunk: PROMPT_LEN as usize, ..base.clone() };
         let alone = |prompt: &Vec<u32>| bits(&group.logits(&checkpoint, &[prompt])[0]);
         let alone: Vec<_> = prompts.iter().map(alone).collect();
-        for &(shares, chunk) in cases {
-            let group = Group { kind, shares, threads: 2, chunk, kv_format };
+        let all: [(&[u32], usize); 3] = [(&[1], 7), (&[2, 1], 1), (&[1, 1], 16)];
+        for &(shares, chunk) in if i == 0 { &all[..] } else { &all[..1] } {
+            let group = Group { shares, threads: 2, chunk, ..base.clone() };
             let got = group.logits(&checkpoint, &together);
             let equal = got.iter().map(|logits| bits(logits)).eq(alone.iter().cloned());
-            let how = format!("{chunk} tokens at a time, shares {shares:?}, KV in {kv_format:?}");
+            let how = format!("{chunk} tokens at a time, shares {shares:?}, {base:?}");
             assert!(equal, "together, {how}: other bits");
         }
     }

@@ -7,7 +7,6 @@ mod support;
 
 use std::path::Path;
 
-use evener_worker::backend::{Kind, KvFormat};
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::checkpoint::synthetic::{Mix, SCHEME};
 
@@ -23,8 +22,7 @@ fn every_format_gives_finite_logits_that_do_not_depend_on_the_split() {
     for mix in Mix::all() {
         let checkpoint = open(mix);
         let logits = |shares: &[u32]| {
-            let group =
-                Group { kind: Kind::Cpu, shares, threads: 1, chunk: 4, kv_format: KvFormat::F16 };
+            let group = Group { shares, chunk: 4, ..Group::default() };
             group.logits(&checkpoint, &[&prompt]).remove(0)
         };
         let (whole, split) = (logits(&[1]), logits(&[1, 1]));

@@ -120,6 +120,7 @@ impl Cluster {
             step_timeout_ms: 5_000,
             max_sequences: 0,
             kv_format: 0,
+            activations: 0,
         }
     }
 

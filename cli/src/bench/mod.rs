@@ -208,11 +208,15 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
 fn measure_machine(options: &Options, n_threads: &[usize]) -> anyhow::Result<Report> {
     let buffer = Buffer::new();
     let most = n_threads.last().copied().unwrap_or(1);
+    let kernels = |activations| machine::kernels(most, &buffer, activations);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         machine: machine::measure(n_threads, &buffer),
         all_reduce: machine::all_reduce()?,
-        kernels: if options.kernels { machine::kernels(most, &buffer) } else { Vec::new() },
+        kernels: options
+            .kernels
+            .then(|| kernels(options.shape.activations.into()))
+            .unwrap_or_default(),
         models: Vec::new(),
     })
 }

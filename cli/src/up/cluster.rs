@@ -330,6 +330,7 @@ fn specs(plan: &Plan, log: &str, log_dir: &Path) -> Vec<Spec> {
         ("--shares", &shares.join(":")),
         ("--drain-timeout", &drain),
         ("--kv", &values::flag(shape.kv)),
+        ("--activations", &values::flag(shape.activations)),
     ]);
     coordinator.extend(tracing(shape));
     coordinator.insert(0, "coordinator".into());

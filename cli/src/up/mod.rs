@@ -24,7 +24,9 @@ pub use progress::Progress;
 use crate::client::Sampling;
 use crate::signals::Signals;
 use crate::traces::Tracing;
-use crate::values::{Backend, Bytes, Cores, Device, Kv, Registry, Shares, Transport, Weights};
+use crate::values::{
+    Activations, Backend, Bytes, Cores, Device, Kv, Registry, Shares, Transport, Weights,
+};
 
 const EXAMPLES: &str = "Examples:
   evener up --model model.gguf                              two equal workers
@@ -69,6 +71,9 @@ pub struct Shape {
     /// How keys and values are kept.
     #[arg(long, env = "EVENER_KV", value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// How finely processors round what they multiply weights with.
+    #[arg(long, env = "EVENER_ACTIVATIONS", value_enum, default_value_t = Activations::Int12)]
+    pub activations: Activations,
     /// How the model's weights are kept.
     #[arg(long, env = "EVENER_WEIGHTS", value_enum, default_value_t = Weights::Stored)]
     pub weights: Weights,

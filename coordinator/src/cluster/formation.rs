@@ -193,6 +193,7 @@ mod tests {
             kv_block_len: 0,
             deterministic: false,
             kv_format: evener_proto::KvFormat::default(),
+            activations: evener_proto::Activations::default(),
         };
         Formation::new(record, now, Duration::from_secs(10))
     }

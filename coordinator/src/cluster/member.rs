@@ -7,10 +7,10 @@
 use std::error::Error as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use evener_proto::KvFormat;
 use evener_proto::ids::{Epoch, GroupId, ModelName};
 use evener_proto::worker as pb;
 use evener_proto::worker::worker_client::WorkerClient;
+use evener_proto::{Activations, KvFormat};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
@@ -98,6 +98,7 @@ pub struct Join {
     /// Running at once; 0: the worker's default.
     pub max_sequences: u32,
     pub kv_format: KvFormat,
+    pub activations: Activations,
 }
 
 /// A member as its peers must know it.
@@ -312,6 +313,7 @@ fn request(join: Join) -> pb::JoinGroupRequest {
         step_timeout_ms: millis(join.step_timeout),
         max_sequences: join.max_sequences,
         kv_format: join.kv_format.to_wire(),
+        activations: join.activations.to_wire(),
     }
 }
 

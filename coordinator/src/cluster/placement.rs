@@ -7,8 +7,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use evener_proto::KvFormat;
 use evener_proto::ids::{GroupId, ModelName, WorkerId};
+use evener_proto::{Activations, KvFormat};
 
 use super::membership::View;
 use super::records::{Deployment, Held, Worker};
@@ -22,11 +22,18 @@ pub struct Policy {
     pub min_kv_tokens: u32,
     /// How the groups' ranks keep keys and values.
     pub kv_format: KvFormat,
+    /// How finely the groups' processors round what they multiply weights with.
+    pub activations: Activations,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { settle: Duration::from_secs(1), min_kv_tokens: 256, kv_format: KvFormat::default() }
+        Self {
+            settle: Duration::from_secs(1),
+            min_kv_tokens: 256,
+            kv_format: KvFormat::default(),
+            activations: Activations::default(),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use evener_proto::Message;
+use evener_proto::activations::{self, Activations};
 use evener_proto::ids::{Epoch, GroupId, ModelName, WorkerId};
 use evener_proto::kv_format::{self, KvFormat};
 use evener_proto::registry as pb;
@@ -20,6 +21,8 @@ pub enum Error {
     Undecodable { record: &'static str, detail: String },
     #[error(transparent)]
     KvFormat(#[from] kv_format::Unknown),
+    #[error(transparent)]
+    Activations(#[from] activations::Unknown),
     #[error(transparent)]
     BadId(#[from] evener_proto::ids::Error),
     #[error("{record} has {field} {value}; {allowed}")]
@@ -187,6 +190,8 @@ pub struct Group {
     pub deterministic: bool,
     /// Asked of its ranks.
     pub kv_format: KvFormat,
+    /// The same, of its CPU ranks.
+    pub activations: Activations,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -255,6 +260,7 @@ impl Group {
             kv_block_len: message.kv_block_len,
             deterministic: message.deterministic,
             kv_format: KvFormat::parse(&message.kv_format)?,
+            activations: Activations::parse(&message.activations)?,
         })
     }
 
@@ -285,6 +291,7 @@ impl Group {
             kv_block_len: self.kv_block_len,
             deterministic: self.deterministic,
             kv_format: self.kv_format.name().to_owned(),
+            activations: self.activations.name().to_owned(),
         })
     }
 }

@@ -170,6 +170,7 @@ fn group_page(state: &State, shown: &Shown<'_>) -> Value {
         "kv_tokens": u64::from(record.kv_blocks) * u64::from(record.kv_block_len),
         "deterministic": record.deterministic,
         "kv_format": record.kv_format.name(),
+        "activations": record.activations.name(),
         "balance": balance::judge(&figures::recent(state, record)).page(),
         "members": members,
     })

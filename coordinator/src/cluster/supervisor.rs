@@ -326,6 +326,7 @@ impl Supervisor {
             kv_block_len: 0,
             deterministic: false,
             kv_format: self.options.placement.kv_format,
+            activations: self.options.placement.activations,
         };
         let members: Vec<&str> =
             live.members.iter().map(|(worker, _)| worker.id.as_str()).collect();
@@ -361,6 +362,7 @@ impl Supervisor {
                 step_timeout: self.options.step_timeout,
                 max_sequences: self.options.max_sequences,
                 kv_format: formation.record.kv_format,
+                activations: formation.record.activations,
             };
             let (group, attempt, reports) = (id.clone(), live.attempt, self.reports.clone());
             let (address, options) = (worker.grpc_address.clone(), self.options.member.clone());

@@ -18,7 +18,7 @@ mod cpu;
 mod cuda;
 mod reference;
 
-pub(crate) use cpu::PRECISION as CPU_PRECISION;
+pub use evener_kernels::activation::Precision as Activations;
 pub use evener_kernels::attention::Format as KvFormat;
 pub use evener_kernels::cuda::Place;
 
@@ -90,10 +90,20 @@ pub struct Options {
     pub max_context: usize,
     /// How keys and values are kept. The reference backend keeps them as f32 whatever this says.
     pub kv_format: KvFormat,
+    /// How finely the CPU backend rounds what it multiplies weights with; others have their own ways.
+    pub activations: Activations,
     /// Spin while waiting for the other threads; false when ranks outnumber cores.
     pub spin: bool,
     /// Core of each thread, the first being the caller's, who is already there; empty: anywhere.
     pub cores: Vec<usize>,
+}
+
+/// What the kernels call a group's rounding.
+pub(crate) fn activations(asked: evener_proto::Activations) -> Activations {
+    match asked {
+        evener_proto::Activations::Int12 => Activations::Int12,
+        evener_proto::Activations::Int8 => Activations::Int8,
+    }
 }
 
 /// A rank's weights in the device's own form, before its KV cache exists.

@@ -8,7 +8,7 @@ use evener_collective::{Collective, Kind as OpKind, Mesh, Record};
 use evener_kernels::Isa;
 use evener_kernels::peaks::{best, n_peaks, peaks_of};
 use evener_worker::backend::{
-    self, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Place, Span, introduce,
+    self, Activations, Backend, Batch, KV_BLOCK_LEN, Kind, KvFormat, Place, Span, introduce,
 };
 use evener_worker::checkpoint::Checkpoint;
 use evener_worker::model::program::Program;
@@ -41,6 +41,7 @@ pub struct Group<'a> {
     /// Tokens that each sequence may add to a step.
     pub chunk: usize,
     pub kv_format: KvFormat,
+    pub activations: Activations,
 }
 
 /// What a step adds to a sequence.
@@ -49,6 +50,20 @@ struct Piece {
     sequence: usize,
     start: usize,
     len: usize,
+}
+
+/// One thread of one CPU rank, token by token.
+impl Default for Group<'_> {
+    fn default() -> Self {
+        Self {
+            kind: Kind::Cpu,
+            shares: &[1],
+            threads: 1,
+            chunk: 1,
+            kv_format: KvFormat::F16,
+            activations: Activations::Int12,
+        }
+    }
 }
 
 impl Group<'_> {
@@ -141,6 +156,7 @@ impl Group<'_> {
             max_sample_rows: chunk * sequences.len(),
             max_context: longest,
             kv_format: self.kv_format,
+            activations: self.activations,
             spin: false,
             cores: Vec::new(),
         };

@@ -70,6 +70,7 @@ impl Serving {
         };
         let options = backend::Options {
             kv_format: backend::KvFormat::F32,
+            activations: backend::Activations::Int12,
             threads: 1,
             max_batch_tokens: limits.max_batch_tokens,
             max_sample_rows: limits.max_sample_rows,

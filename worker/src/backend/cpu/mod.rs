@@ -10,7 +10,7 @@ mod weights;
 use std::sync::Arc;
 
 use evener_collective::{Collective, Tag};
-use evener_kernels::activation::{Activation, Precision};
+use evener_kernels::activation::Activation;
 use evener_kernels::attention::{self, Heads, KvCache, Rows, Scratch, attend};
 use evener_kernels::elementwise::silu_gate;
 use evener_kernels::linear::{self, Input, Sum, linear, linear_parts};
@@ -29,11 +29,6 @@ use weights::Weights;
 pub use weights::load;
 
 const _: () = assert!(KV_BLOCK_LEN == attention::BLOCK_LEN);
-
-/// Of the activations that quantised weights are multiplied with. At 8 bits the demo model chooses
-/// another token than exact arithmetic at 3.5 % of positions and its perplexity is 0.7 % off; at 16
-/// both vanish, for twice the multiplications.
-pub(crate) const PRECISION: Precision = Precision::Int12;
 
 /// Most weights that one linear op has.
 const MAX_PROJECTIONS: usize = 4;
@@ -116,7 +111,7 @@ impl Rank {
             activation: Activation::with_capacity(
                 tokens.max(options.max_sample_rows),
                 widest,
-                PRECISION,
+                options.activations,
             ),
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             spans: Vec::with_capacity(tokens),
