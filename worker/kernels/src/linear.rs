@@ -77,6 +77,7 @@ pub(crate) struct Group<'a> {
     pub(crate) side: usize,
     pub(crate) q: &'a [i8],
     pub(crate) sum: &'a [f32],
+    pub(crate) offset: &'a [i32],
     pub(crate) halves: &'a [[i16; 2]],
     pub(crate) d: &'a [f32],
     /// Row of the step at which the group begins.
@@ -216,6 +217,7 @@ impl<'a> Step<'a> {
             side: shape.side,
             q: slice(scratch.q(), group, shape.group_len(scratch.precision.terms())),
             sum: slice(&scratch.sum, group, runs),
+            offset: slice(&scratch.offset, group, runs),
             halves: slice(&scratch.halves, group, runs),
             d: slice(&scratch.d, group, shape.n_scales * shape.side),
             first: group * GROUP,
@@ -471,9 +473,9 @@ fn run_tile_avx512<B: Blocks, const M: usize, const TERMS: usize>(
     };
     let scale = |scale: usize, runs, total: &mut [__m512; M]| {
         let acc = avx512::runs::<B, M, TERMS>(w, runs, x, first);
+        let d: &[f32; M] = x.d[scale * x.side + first..].first_chunk().expect("a scale a row");
         for row in 0..M {
-            let d = _mm512_set1_ps(x.d[scale * x.side + first + row]);
-            total[row] = _mm512_fmadd_ps(acc[row], d, total[row]);
+            total[row] = _mm512_fmadd_ps(acc[row], _mm512_set1_ps(d[row]), total[row]);
         }
     };
     let store = |p, m, lanes: &_| store(p, x.first + first + m, lanes);

@@ -22,6 +22,9 @@ pub(crate) const GROUP: usize = 16;
 /// tile, from its nearest cache.
 const FEW: usize = 4;
 
+/// The least zero that weights count from; others are it times a power of two.
+pub(crate) const EIGHT: i32 = 8;
+
 /// 1.5 * 2^23: adding it rounds, ties to even, and makes the mantissa the integer.
 const MAGIC: f32 = 12_582_912.0;
 const MAGIC_BITS: i32 = 0x4b40_0000;
@@ -71,6 +74,9 @@ pub struct Activation {
     q: Memory,
     /// Sums of a run's integers. `[group, run, side rows]`
     pub(crate) sum: Vec<f32>,
+    /// The sums of runs' integers, `-EIGHT` times: what weights that count from 8 must start from.
+    /// `[group, run, side rows]`
+    pub(crate) offset: Vec<i32>,
     /// Sums of the integers of each half of a run. `[group, run, side rows, 2]`
     pub(crate) halves: Vec<[i16; 2]>,
     /// Scales. `[group, scale, side rows]`
@@ -131,6 +137,7 @@ impl Activation {
             precision,
             q: Memory::zeroed(runs * BLOCK * precision.terms()).expect("memory for activations"),
             sum: vec![0.0; runs],
+            offset: vec![0; runs],
             halves: vec![[0; 2]; runs],
             d: vec![0.0; runs],
             terms: Terms::default(),
@@ -166,6 +173,7 @@ impl Activation {
             shape,
             q: Shards::new(q),
             sum: Shards::new(&mut self.sum),
+            offset: Shards::new(&mut self.offset),
             halves: Shards::new(&mut self.halves),
             d: Shards::new(&mut self.d),
         };
@@ -191,6 +199,7 @@ struct Target<'a> {
     shape: Shape,
     q: Shards<'a, i8>,
     sum: Shards<'a, f32>,
+    offset: Shards<'a, i32>,
     halves: Shards<'a, [i16; 2]>,
     d: Shards<'a, f32>,
 }
@@ -252,6 +261,8 @@ fn quantise_rows<const TERMS: usize>(
                 let at = (group * shape.n_runs + run) * shape.side + lane;
                 // SAFETY: as above.
                 unsafe { to.sum.set(at, left.wrapping_add(right) as f32) };
+                // SAFETY: as above.
+                unsafe { to.offset.set(at, left.wrapping_add(right).wrapping_mul(-EIGHT)) };
                 // SAFETY: as above.
                 unsafe { to.halves.set(at, [left as i16, right as i16]) };
             }
@@ -346,6 +357,7 @@ mod tests {
                         }
                         let sum = (0..BLOCK).map(integer).sum::<i32>();
                         assert_eq!(a.sum[at], sum as f32);
+                        assert_eq!(a.offset[at], -8 * sum);
                         let [left, right] = a.halves[at];
                         assert_eq!(i32::from(left), (0..BLOCK / 2).map(integer).sum::<i32>());
                         assert_eq!(i32::from(left) + i32::from(right), sum);
@@ -365,6 +377,7 @@ mod tests {
                 assert_eq!(first.q(), other.q(), "{isa:?}");
                 assert_eq!(first.d, other.d, "{isa:?}");
                 assert_eq!(first.sum, other.sum, "{isa:?}");
+                assert_eq!(first.offset, other.offset, "{isa:?}");
                 assert_eq!(first.halves, other.halves, "{isa:?}");
             }
         }

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::blocks::{Blocks, RUN, Scales};
 use super::tiles::{HALVES, LINE, Places, TOPS};
+use crate::activation::EIGHT;
 use crate::linear::{Group, TileWeights};
 use crate::matrix::TILE_ROWS;
 
@@ -67,11 +68,8 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let mut offsets = [_mm512_setzero_si512(); M];
-        if B::ZERO != 0 {
-            let zero = _mm512_set1_epi16(-B::ZERO as i16);
-            for row in 0..M {
-                offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), zero);
-            }
+        for row in 0..M {
+            offsets[row] = start::<B>(x, b, first + row);
         }
         let weights = at::<B>(w, b);
         if x.fetches {
@@ -89,6 +87,22 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
             };
         }
     }
+}
+
+/// What a row's dot products of run b start from: what the zero of the weights takes off.
+///
+/// # Safety
+/// The group has run b.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn start<B: Blocks>(x: &Group<'_>, b: usize, row: usize) -> __m512i {
+    if B::ZERO == 0 {
+        return _mm512_setzero_si512();
+    }
+    let shift = const { if B::ZERO == 0 { 0 } else { (B::ZERO / EIGHT).ilog2() } };
+    // SAFETY: the caller's promise.
+    let offset = unsafe { *x.offset.get_unchecked(b * x.side + row) };
+    _mm512_sllv_epi32(_mm512_set1_epi32(offset), _mm512_set1_epi32(shift as i32))
 }
 
 /// Adds the products of runs of one super-block, which are summed as integers.
