@@ -78,7 +78,7 @@ pub(crate) struct Group<'a> {
     pub(crate) q: &'a [i8],
     pub(crate) sum: &'a [f32],
     pub(crate) offset: &'a [i32],
-    pub(crate) halves: &'a [[i16; 2]],
+    pub(crate) half_offsets: &'a [[i32; 2]],
     pub(crate) d: &'a [f32],
     /// Row of the step at which the group begins.
     pub(crate) first: usize,
@@ -218,7 +218,7 @@ impl<'a> Step<'a> {
             q: slice(scratch.q(), group, shape.group_len(scratch.precision.terms())),
             sum: slice(&scratch.sum, group, runs),
             offset: slice(&scratch.offset, group, runs),
-            halves: slice(&scratch.halves, group, runs),
+            half_offsets: slice(&scratch.half_offsets, group, runs),
             d: slice(&scratch.d, group, shape.n_scales * shape.side),
             first: group * GROUP,
             fetches: false,
@@ -292,11 +292,7 @@ impl Job<'_> {
         // SAFETY: a tile's columns of some rows of the output belong to the one thread that runs
         // this piece.
         let out = unsafe { self.out.range(at..at + n) };
-        match out.as_mut_array() {
-            // Of known length, it needs no call.
-            Some(out) => *out = *values,
-            None => out.copy_from_slice(&values[..n]),
-        }
+        put(out, values);
     }
 
     fn tile(&self, step: &Step<'_>, tile: usize, rows: Range<usize>) {
@@ -348,6 +344,21 @@ impl Job<'_> {
                 row += n;
             }
         }
+    }
+}
+
+/// Copies a tile's values, or the first of them.
+#[inline(always)]
+pub(crate) fn put(out: &mut [f32], values: &[f32; TILE_ROWS]) {
+    /// Apart, so that whole tiles need no call: the compiler would make both copies one.
+    #[cold]
+    #[inline(never)]
+    fn put_some(out: &mut [f32], values: &[f32; TILE_ROWS]) {
+        out.copy_from_slice(&values[..out.len()]);
+    }
+    match out.as_mut_array() {
+        Some(out) => *out = *values,
+        None => put_some(out, values),
     }
 }
 

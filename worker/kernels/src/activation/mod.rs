@@ -74,11 +74,11 @@ pub struct Activation {
     q: Memory,
     /// Sums of a run's integers. `[group, run, side rows]`
     pub(crate) sum: Vec<f32>,
-    /// The sums of runs' integers, `-EIGHT` times: what weights that count from 8 must start from.
-    /// `[group, run, side rows]`
+    /// The sums of runs' integers, `-EIGHT` times: what dot products with weights that count from 8
+    /// begin with. `[group, run, side rows]`
     pub(crate) offset: Vec<i32>,
-    /// Sums of the integers of each half of a run. `[group, run, side rows, 2]`
-    pub(crate) halves: Vec<[i16; 2]>,
+    /// The same of each half of a run. `[group, run, side rows, 2]`
+    pub(crate) half_offsets: Vec<[i32; 2]>,
     /// Scales. `[group, scale, side rows]`
     pub(crate) d: Vec<f32>,
     /// The rows in bf16, for weights that want them so.
@@ -138,7 +138,7 @@ impl Activation {
             q: Memory::zeroed(runs * BLOCK * precision.terms()).expect("memory for activations"),
             sum: vec![0.0; runs],
             offset: vec![0; runs],
-            halves: vec![[0; 2]; runs],
+            half_offsets: vec![[0; 2]; runs],
             d: vec![0.0; runs],
             terms: Terms::default(),
             shape: Shape::default(),
@@ -174,7 +174,7 @@ impl Activation {
             q: Shards::new(q),
             sum: Shards::new(&mut self.sum),
             offset: Shards::new(&mut self.offset),
-            halves: Shards::new(&mut self.halves),
+            half_offsets: Shards::new(&mut self.half_offsets),
             d: Shards::new(&mut self.d),
         };
         let target = &target;
@@ -200,7 +200,7 @@ struct Target<'a> {
     q: Shards<'a, i8>,
     sum: Shards<'a, f32>,
     offset: Shards<'a, i32>,
-    halves: Shards<'a, [i16; 2]>,
+    half_offsets: Shards<'a, [i32; 2]>,
     d: Shards<'a, f32>,
 }
 
@@ -257,14 +257,16 @@ fn quantise_rows<const TERMS: usize>(
                 let term = |t: usize| first + t * BLOCK..first + (t + 1) * BLOCK;
                 // SAFETY: as above.
                 let q = std::array::from_fn(|t| unsafe { to.q.range(term(t)) });
-                let [left, right] = quantise_run(x, inverse, q);
+                let sums = quantise_run(x, inverse, q);
+                let sum = sums[0].wrapping_add(sums[1]);
+                let offset = |sum: i32| sum.wrapping_mul(-EIGHT);
                 let at = (group * shape.n_runs + run) * shape.side + lane;
                 // SAFETY: as above.
-                unsafe { to.sum.set(at, left.wrapping_add(right) as f32) };
+                unsafe { to.sum.set(at, sum as f32) };
                 // SAFETY: as above.
-                unsafe { to.offset.set(at, left.wrapping_add(right).wrapping_mul(-EIGHT)) };
+                unsafe { to.offset.set(at, offset(sum)) };
                 // SAFETY: as above.
-                unsafe { to.halves.set(at, [left as i16, right as i16]) };
+                unsafe { to.half_offsets.set(at, sums.map(offset)) };
             }
         }
     }
@@ -286,7 +288,7 @@ fn scale_of(x: &[f32], limit: f32) -> (f32, f32) {
     (d, if max > 0.0 { 1.0 / d } else { 0.0 })
 }
 
-/// Rounds a run; returns the sums of the integers of both its halves. They fit 16 bits.
+/// Rounds a run; returns the sums of the integers of both its halves.
 #[inline(always)]
 fn quantise_run<const TERMS: usize>(x: &[f32], inverse: f32, q: [&mut [i8]; TERMS]) -> [i32; 2] {
     let mut integers = [0i32; BLOCK];
@@ -358,9 +360,8 @@ mod tests {
                         let sum = (0..BLOCK).map(integer).sum::<i32>();
                         assert_eq!(a.sum[at], sum as f32);
                         assert_eq!(a.offset[at], -8 * sum);
-                        let [left, right] = a.halves[at];
-                        assert_eq!(i32::from(left), (0..BLOCK / 2).map(integer).sum::<i32>());
-                        assert_eq!(i32::from(left) + i32::from(right), sum);
+                        let left = (0..BLOCK / 2).map(integer).sum::<i32>();
+                        assert_eq!(a.half_offsets[at], [-8 * left, -8 * (sum - left)]);
                     }
                 }
             }
@@ -378,7 +379,7 @@ mod tests {
                 assert_eq!(first.d, other.d, "{isa:?}");
                 assert_eq!(first.sum, other.sum, "{isa:?}");
                 assert_eq!(first.offset, other.offset, "{isa:?}");
-                assert_eq!(first.halves, other.halves, "{isa:?}");
+                assert_eq!(first.half_offsets, other.half_offsets, "{isa:?}");
             }
         }
     }

@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use crate::activation::Precision;
 use crate::isa::Isa;
-use crate::linear::Sum;
+use crate::linear::{Sum, put};
 use crate::matrix::TILE_ROWS;
 use crate::pool::Shards;
 use crate::quant::Format;
@@ -53,7 +53,7 @@ impl Task<'_> {
         let n = (self.out_columns - first).min(TILE_ROWS);
         let at = (part * self.rows + row) * self.out_columns + first;
         // SAFETY: a tile's columns of the output belong to the one thread that runs this tile.
-        unsafe { self.out.range(at..at + n) }.copy_from_slice(&values[..n]);
+        put(unsafe { self.out.range(at..at + n) }, values);
     }
 }
 

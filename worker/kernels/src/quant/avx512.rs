@@ -69,7 +69,7 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
     unsafe {
         let mut offsets = [_mm512_setzero_si512(); M];
         for row in 0..M {
-            offsets[row] = start::<B>(x, b, first + row);
+            offsets[row] = start::<B>(*x.offset.get_unchecked(b * x.side + first + row));
         }
         let weights = at::<B>(w, b);
         if x.fetches {
@@ -89,19 +89,14 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
     }
 }
 
-/// What a row's dot products of run b start from: what the zero of the weights takes off.
-///
-/// # Safety
-/// The group has run b.
+/// What dot products begin with: the zero of the weights times the activations.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn start<B: Blocks>(x: &Group<'_>, b: usize, row: usize) -> __m512i {
+fn start<B: Blocks>(offset: i32) -> __m512i {
     if B::ZERO == 0 {
         return _mm512_setzero_si512();
     }
     let shift = const { if B::ZERO == 0 { 0 } else { (B::ZERO / EIGHT).ilog2() } };
-    // SAFETY: the caller's promise.
-    let offset = unsafe { *x.offset.get_unchecked(b * x.side + row) };
     _mm512_sllv_epi32(_mm512_set1_epi32(offset), _mm512_set1_epi32(shift as i32))
 }
 
@@ -118,8 +113,7 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
     first: usize,
     acc: &mut Sums<M>,
 ) {
-    let nothing = [_mm512_setzero_si512(); M];
-    let (mut sums, mut offsets) = (nothing, nothing);
+    let mut sums = [_mm512_setzero_si512(); M];
     // SAFETY: the caller's promise.
     unsafe {
         for b in runs.clone() {
@@ -128,27 +122,23 @@ unsafe fn super_runs<B: Blocks, const M: usize, const TERMS: usize>(
                 fetch::<B>(weights);
             }
             let (left, right) = integer_scales::<B>(weights);
-            let add = |sums: &mut [__m512i; M], dots: [__m512i; M], scale| {
-                for (sum, dot) in sums.iter_mut().zip(dots) {
-                    *sum = _mm512_add_epi32(*sum, _mm512_mullo_epi32(dot, scale));
-                }
-            };
-            add(&mut sums, dots::<B, M, TERMS, LEFT>(weights, b, x, first, nothing), left);
-            add(&mut sums, dots::<B, M, TERMS, RIGHT>(weights, b, x, first, nothing), right);
-        }
-        // What zero's integer adds, from the sums of the activations.
-        for b in runs.clone() {
-            let (left, right) = integer_scales::<B>(at::<B>(w, b));
-            let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, left, _mm512_slli_epi32::<16>(right));
-            let both = _mm512_mullo_epi16(both, _mm512_set1_epi16(B::ZERO as i16));
+            let nothing = [_mm512_setzero_si512(); M];
+            let (mut left_dots, mut right_dots) = (nothing, nothing);
             for row in 0..M {
-                offsets[row] = _mm512_dpwssd_epi32(offsets[row], halves(x, b, first + row), both);
+                let [left, right] = *x.half_offsets.get_unchecked(b * x.side + first + row);
+                (left_dots[row], right_dots[row]) = (start::<B>(left), start::<B>(right));
+            }
+            left_dots = dots::<B, M, TERMS, LEFT>(weights, b, x, first, left_dots);
+            right_dots = dots::<B, M, TERMS, RIGHT>(weights, b, x, first, right_dots);
+            for row in 0..M {
+                let left = _mm512_mullo_epi32(left_dots[row], left);
+                let right = _mm512_mullo_epi32(right_dots[row], right);
+                sums[row] = _mm512_add_epi32(sums[row], _mm512_add_epi32(left, right));
             }
         }
         let d = halves_of(head::<B>(w, runs.start));
         for row in 0..M {
-            let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[row], offsets[row]));
-            acc[row] = _mm512_fmadd_ps(sum, d, acc[row]);
+            acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row]), d, acc[row]);
         }
     }
 }
@@ -228,20 +218,6 @@ pub(super) unsafe fn head<B: Blocks>(w: &TileWeights<'_>, b: usize) -> *const u8
 fn fetch<B: Blocks>(run: *const u8) {
     for line in (0..B::RUN_BYTES).step_by(LINE) {
         _mm_prefetch::<_MM_HINT_NTA>(run.wrapping_add(AHEAD + line).cast());
-    }
-}
-
-/// The sums of both halves of a row's run, in all lanes.
-///
-/// # Safety
-/// The group has run b.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn halves(x: &Group<'_>, b: usize, row: usize) -> __m512i {
-    // SAFETY: the caller's promise; a pair of 16 bits is 32, of any alignment.
-    unsafe {
-        let pair = x.halves.as_ptr().add(b * x.side + row).cast::<i32>();
-        _mm512_set1_epi32(pair.read_unaligned())
     }
 }
 
