@@ -5,7 +5,9 @@ pub use evener_collective::latency::{Latency, Link, measure as all_reduce};
 pub use evener_kernels::Pool;
 pub use evener_kernels::isa::Isa;
 pub use evener_kernels::measure::Rate;
-pub use evener_kernels::measure::bandwidth::{Buffer, read as read_bandwidth};
+pub use evener_kernels::measure::bandwidth::{
+    Buffer, read as read_bandwidth, read_now as read_bandwidth_now,
+};
 pub use evener_kernels::measure::linear::{Figure, Place};
 pub use evener_kernels::measure::peaks::{Kind, Peak, measure as peaks};
 pub use evener_kernels::quant::Format;

@@ -17,12 +17,12 @@ mod tables;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use evener_worker::checkpoint::synthetic;
-use evener_worker::measure::Buffer;
+use evener_worker::measure::{self, Buffer};
 use serde::Serialize;
 
 use crate::signals::Signals;
@@ -30,7 +30,7 @@ use crate::up::{Cluster, Plan, Progress, Shape, Started};
 use crate::view::View;
 use engine::Engine;
 use llama_cpp::{Pair, Rates};
-use report::{Ceilings, Laid, Machine, Model, Report, Work};
+use report::{Ceilings, Laid, Machine, Model, Report, Spread, Work};
 use split::Split;
 use subject::Subject;
 
@@ -182,7 +182,8 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     let mut n_threads: Vec<usize> = splits.iter().map(Split::n_threads).chain([1]).collect();
     n_threads.sort_unstable();
     n_threads.dedup();
-    let mut report = measure_machine(&options, &n_threads)?;
+    let buffer = Buffer::new();
+    let mut report = measure_machine(&options, &n_threads, &buffer)?;
     for subject in &subjects {
         let mut model = Model {
             model: subject.model.clone(),
@@ -196,7 +197,8 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
             eprintln!("{}: {note}", subject.model);
         }
         for split in &splits {
-            let bench = Bench { options: &options, subject, split, machine: &report.machine };
+            let (options, machine, buffer) = (&options, &report.machine, &buffer);
+            let bench = Bench { options, subject, split, machine, buffer };
             model.splits.push(bench.run(log, &mut signals).await?);
         }
         report.models.push(model);
@@ -204,14 +206,17 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     show(&options, &report)
 }
 
-/// All but the models. The buffer is gone before they are loaded.
-fn measure_machine(options: &Options, n_threads: &[usize]) -> anyhow::Result<Report> {
-    let buffer = Buffer::new();
+/// All but the models.
+fn measure_machine(
+    options: &Options,
+    n_threads: &[usize],
+    buffer: &Buffer,
+) -> anyhow::Result<Report> {
     let most = n_threads.last().copied().unwrap_or(1);
-    let kernels = |activations| machine::kernels(most, &buffer, activations);
+    let kernels = |activations| machine::kernels(most, buffer, activations);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
-        machine: machine::measure(n_threads, &buffer),
+        machine: machine::measure(n_threads, buffer),
         all_reduce: machine::all_reduce()?,
         kernels: options
             .kernels
@@ -328,12 +333,16 @@ impl Options {
     }
 }
 
+/// Until ranks without work no longer spin.
+const REST: Duration = Duration::from_millis(100);
+
 /// One model in one layout.
 struct Bench<'a> {
     options: &'a Options,
     subject: &'a Subject,
     split: &'a Split,
     machine: &'a Machine,
+    buffer: &'a Buffer,
 }
 
 impl Bench<'_> {
@@ -392,24 +401,33 @@ impl Bench<'_> {
         let (options, demand, ceilings) = (self.options, &self.subject.demand, self.ceilings()?);
         let mut done = Vec::new();
         engine.prefill(options.prefill).await?;
-        let mut seconds = Vec::new();
+        let (mut seconds, mut read) = (Vec::new(), Vec::new());
         for _ in 0..options.runs {
             seconds.push(engine.prefill(options.prefill).await?.as_secs_f64());
+            read.push(self.read_now().await);
         }
-        done.push(Work::prefill(options.prefill, &seconds, demand, ceilings));
+        let ceilings = |read| ceilings.with_read(Spread::of(read).median);
+        done.push(Work::prefill(options.prefill, &seconds, demand, &ceilings(read)));
         self.tell(&done);
         for &n in &options.batches {
-            let mut seconds = Vec::new();
             engine.decode(n, options.context, 2).await?;
+            let (mut seconds, mut read) = (Vec::new(), Vec::new());
             for _ in 0..options.runs {
                 let step = engine.decode(n, options.context, options.steps).await?;
                 seconds.push(step.as_secs_f64());
+                read.push(self.read_now().await);
             }
             let context = options.context as f64 + options.steps as f64 / 2.0;
-            done.push(Work::decode(n, context, &seconds, demand, ceilings));
+            done.push(Work::decode(n, context, &seconds, demand, &ceilings(read)));
             self.tell(&done);
         }
         Ok(done)
+    }
+
+    /// What memory delivers to as many threads as the split has, once those rest.
+    async fn read_now(&self) -> f64 {
+        tokio::time::sleep(REST).await;
+        measure::read_bandwidth_now(self.buffer, self.split.n_threads())
     }
 
     /// Ours and llama.cpp's in turn, if that is wanted.

@@ -120,7 +120,9 @@ pub struct Work {
     pub ops_per_s: f64,
     /// Weights and KV cache read per second.
     pub bytes_per_s: f64,
-    /// What the machine's ceilings allow, tokens per second.
+    /// What memory delivered to readers right after the runs, bytes per second.
+    pub read_bytes_per_s: f64,
+    /// What that and the peaks allow, tokens per second.
     pub ceiling_tok_s: f64,
     /// The median's part of it.
     pub share: f64,
@@ -162,6 +164,11 @@ impl Ceilings {
             read_median: read.median,
             peaks: peaks.iter().map(instruction).collect(),
         }
+    }
+
+    /// The same while memory delivers so many bytes per second.
+    pub fn with_read(&self, read: f64) -> Self {
+        Self { read_best: read, ..self.clone() }
     }
 
     /// The best that can be done with numbers of this kind, and what it is called. f32 can do the
@@ -241,6 +248,7 @@ impl Work {
             tok_s,
             ops_per_s: step.ops * steps_s,
             bytes_per_s: step.bytes * steps_s,
+            read_bytes_per_s: ceilings.read_best,
             ceiling_tok_s: ceiling * step.n_tokens,
             share: steps_s / ceiling,
             bound,

@@ -12,8 +12,9 @@ use crate::models;
 use crate::up::available_memory;
 use crate::values::Bytes;
 
-/// What a step's buffers, the KV cache and the processes may need beside the weights.
-const BESIDE_WEIGHTS: u64 = 1536 << 20;
+/// What a step's buffers, the KV cache, the processes and the buffer that bandwidth is measured with
+/// may need beside the weights.
+const BESIDE_WEIGHTS: u64 = 2560 << 20;
 
 /// A model to measure.
 #[derive(Debug, Clone)]

@@ -141,7 +141,8 @@ fn model(model: &Model) -> String {
 }
 
 fn work(splits: &[Laid]) -> String {
-    let header = ["split", "work", "tok/s", "TOPS", "GB/s", "of ceiling", "bound by"];
+    let header =
+        ["split", "work", "tok/s", "TOPS", "GB/s", "memory GB/s", "of ceiling", "bound by"];
     let mut table = Table::new(&header);
     for laid in splits {
         for work in &laid.work {
@@ -151,6 +152,7 @@ fn work(splits: &[Laid]) -> String {
                 work.tok_s.show(),
                 tera(work.ops_per_s),
                 giga(work.bytes_per_s),
+                giga(work.read_bytes_per_s),
                 percent(work.share),
                 work.bound.to_owned(),
             ]);
@@ -221,6 +223,7 @@ pub(super) mod tests {
             tok_s: Spread { median: tok_s, min: tok_s - 1.0, max: tok_s + 1.0 },
             ops_per_s: 2e9 * tok_s,
             bytes_per_s: 6e8 * tok_s / n as f64,
+            read_bytes_per_s: 6e10,
             ceiling_tok_s: 2.0 * tok_s,
             share: 0.5,
             bound: "memory",

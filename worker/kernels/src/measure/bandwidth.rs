@@ -12,6 +12,8 @@ use crate::pool::{Pool, part};
 /// Bytes that all threads read together in one pass: beyond the last-level caches of today.
 const BUFFER_BYTES: usize = 1 << 30;
 const N_PASSES: usize = 9;
+/// Of a look at what memory gives at the moment.
+const N_BRIEF: usize = 2;
 /// How far ahead is fetched, in bytes: as linear ops do.
 const AHEAD: usize = 6144;
 /// Bytes of a huge page.
@@ -70,6 +72,17 @@ impl Default for Buffer {
 /// Bytes per second that `n_threads` read together.
 #[must_use]
 pub fn read(buffer: &Buffer, n_threads: usize) -> Rate {
+    passes(buffer, n_threads, N_PASSES)
+}
+
+/// The same at this moment, in a tenth of a second or so: memory that is shared gives now more and now
+/// less, for minutes.
+#[must_use]
+pub fn read_now(buffer: &Buffer, n_threads: usize) -> f64 {
+    passes(buffer, n_threads, N_BRIEF).best
+}
+
+fn passes(buffer: &Buffer, n_threads: usize, n: usize) -> Rate {
     let (mut pool, isa) = (Pool::new(n_threads, true), Isa::detect());
     buffer.read(&mut pool, isa);
     let mut pass = |sum| {
@@ -78,7 +91,7 @@ pub fn read(buffer: &Buffer, n_threads: usize) -> Rate {
         BUFFER_BYTES as f64 / start.elapsed().as_secs_f64()
     };
     // In turn, so that both meet the same neighbours.
-    let passes = (0..N_PASSES).map(|_| (pass(sum::<false>), pass(sum::<true>)));
+    let passes = (0..n).map(|_| (pass(sum::<false>), pass(sum::<true>)));
     let (plain, fetching): (Vec<f64>, Vec<f64>) = passes.unzip();
     let (plain, fetching) = (Rate::of(plain), Rate::of(fetching));
     if fetching.median > plain.median { fetching } else { plain }
