@@ -10,7 +10,7 @@ use std::io::Cursor;
 use candle_core::quantized::{GgmlDType, gguf_file};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use evener_worker::backend::{Kind, KvFormat};
+use evener_worker::backend::{Activations, Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 
 use support::group::Group;
@@ -89,13 +89,17 @@ fn logits_are_those_of_the_oracle_in_f32() {
 #[test]
 fn bits_do_not_depend_on_splits_threads_or_batch() {
     let bits = |logits: &[f32]| logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-    for format in FORMATS {
+    let rounded = FORMATS.map(|format| (format, Activations::Int8));
+    for (format, activations) in
+        FORMATS.map(|format| (format, Activations::Int12)).into_iter().chain(rounded)
+    {
         let (_, checkpoint) = checkpoint(format);
+        let base = Group { kv_format: KvFormat::F32, activations, ..Group::default() };
         let prompts = prompts();
         let alone: Vec<Vec<u32>> = prompts
             .iter()
             .map(|prompt| {
-                let group = Group { chunk: 64, kv_format: KvFormat::F32, ..Group::default() };
+                let group = Group { chunk: 64, ..base.clone() };
                 bits(&group.logits(&checkpoint, &[prompt])[0])
             })
             .collect();
@@ -103,11 +107,10 @@ fn bits_do_not_depend_on_splits_threads_or_batch() {
         let cases: [(&[u32], usize, usize); 5] =
             [(&[1], 2, 1), (&[1], 1, 7), (&[1, 1], 1, 16), (&[2, 1], 2, 5), (&[1, 1, 1], 1, 64)];
         for (shares, threads, chunk) in cases {
-            let group =
-                Group { shares, threads, chunk, kv_format: KvFormat::F32, ..Group::default() };
+            let group = Group { shares, threads, chunk, ..base.clone() };
             let got: Vec<_> =
                 group.logits(&checkpoint, &together).iter().map(|l| bits(l)).collect();
-            assert!(got == alone, "{format:?}, {shares:?}, {threads} threads, {chunk} a chunk");
+            assert!(got == alone, "{format:?}, {group:?}");
         }
     }
 }

@@ -122,7 +122,8 @@ fn pass<const M: usize, const T: usize>(w: &Dense, tile: usize, row: usize, task
     unsafe { dot_pairs(&w, &x, task, store) }
 }
 
-/// Bytes of each tile that a pass fetches ahead: only the first one reads from memory.
+/// Bytes of each tile that a pass fetches ahead. Only the first one reads from memory; for others it is
+/// a load too many, which does not show.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
 
@@ -146,9 +147,7 @@ fn dot_pairs<const M: usize, const T: usize>(
             unsafe {
                 let weights: [__m512bh; T] = std::array::from_fn(|t| {
                     let at = w[t].as_ptr().add((b * BLOCK / 2 + k) * Bf16::BYTES);
-                    if M <= 4 {
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
-                    }
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
                     pairs(_mm512_loadu_si512(at.cast()))
                 });
                 for m in 0..M {
