@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use evener_proto::KvFormat;
 use evener_worker::checkpoint::Kept;
+use evener_worker::measure::Precision;
 use serde::Serialize;
 
 /// Weights of the ranks in a split, `2:1`.
@@ -280,6 +281,15 @@ pub enum Activations {
 }
 
 impl From<Activations> for evener_proto::Activations {
+    fn from(activations: Activations) -> Self {
+        match activations {
+            Activations::Int12 => Self::Int12,
+            Activations::Int8 => Self::Int8,
+        }
+    }
+}
+
+impl From<Activations> for Precision {
     fn from(activations: Activations) -> Self {
         match activations {
             Activations::Int12 => Self::Int12,

@@ -3,6 +3,7 @@
 
 pub use evener_collective::latency::{Latency, Link, measure as all_reduce};
 pub use evener_kernels::Pool;
+pub use evener_kernels::activation::Precision;
 pub use evener_kernels::isa::Isa;
 pub use evener_kernels::measure::Rate;
 pub use evener_kernels::measure::bandwidth::{
@@ -13,9 +14,8 @@ pub use evener_kernels::measure::peaks::{Kind, Peak, measure as peaks};
 pub use evener_kernels::quant::Format;
 
 use evener_kernels::measure::linear;
-use evener_proto::{Activations, KvFormat};
+use evener_proto::kv_format::KvFormat;
 
-use crate::backend;
 use crate::checkpoint::Checkpoint;
 
 /// One linear layer of `[rows, columns]` on 1 to many rows of activations, as the CPU backend runs
@@ -23,13 +23,13 @@ use crate::checkpoint::Checkpoint;
 pub fn linear(
     pool: &mut Pool,
     far: &Buffer,
-    activations: Activations,
+    precision: Precision,
     format: Format,
     shape: [usize; 2],
     ms: &[usize],
     place: Place,
 ) -> Vec<Figure> {
-    linear::measure(pool, far, backend::activations(activations), format, shape, ms, place)
+    linear::measure(pool, far, precision, format, shape, ms, place)
 }
 
 /// What a format is multiplied with at best.

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::backend::{self, KV_BLOCK_LEN, KvFormat};
+use crate::backend::{Activations, KV_BLOCK_LEN, KvFormat};
 use crate::engine::handle;
 use crate::engine::output::{End, Event, StepOutput, StreamEnd, TokenOut};
 use crate::engine::sampler::Sampling;
@@ -140,9 +140,7 @@ fn join(request: proto::JoinGroupRequest) -> Result<Join, Status> {
         step_timeout: timeout("step_timeout_ms", request.step_timeout_ms)?,
         max_sequences: (request.max_sequences > 0).then_some(request.max_sequences as usize),
         kv_format: kv_format(request.kv_format)?,
-        activations: evener_proto::Activations::from_wire(request.activations)
-            .map(backend::activations)
-            .map_err(invalid)?,
+        activations: activations(request.activations)?,
     })
 }
 
@@ -151,6 +149,13 @@ fn kv_format(number: i32) -> Result<KvFormat, Status> {
         evener_proto::KvFormat::F16 => KvFormat::F16,
         evener_proto::KvFormat::F32 => KvFormat::F32,
         evener_proto::KvFormat::Int8 => KvFormat::Int8,
+    })
+}
+
+fn activations(number: i32) -> Result<Activations, Status> {
+    Ok(match evener_proto::Activations::from_wire(number).map_err(invalid)? {
+        evener_proto::Activations::Int12 => Activations::Int12,
+        evener_proto::Activations::Int8 => Activations::Int8,
     })
 }
 

@@ -1,8 +1,7 @@
 //! What the machine itself can do: read, multiply, meet another rank; and what single linear
 //! layers make of it.
 
-use evener_proto::Activations;
-use evener_worker::measure::{self, Buffer, Format, Isa, Link, Place, Pool};
+use evener_worker::measure::{self, Buffer, Format, Isa, Link, Place, Pool, Precision};
 
 use super::report::{AllReduce, Ceilings, Kernel, Machine};
 
@@ -59,7 +58,7 @@ pub fn all_reduce() -> anyhow::Result<Vec<AllReduce>> {
 }
 
 /// Linear layers alone, in every format, from caches and from memory.
-pub fn kernels(n_threads: usize, buffer: &Buffer, activations: Activations) -> Vec<Kernel> {
+pub fn kernels(n_threads: usize, buffer: &Buffer, precision: Precision) -> Vec<Kernel> {
     let mut pool = Pool::new(n_threads, n_threads <= n_cores());
     let mut kernels = Vec::new();
     let shapes = FAR_SHAPES.map(|shape| (shape, Place::Far)).into_iter();
@@ -67,8 +66,7 @@ pub fn kernels(n_threads: usize, buffer: &Buffer, activations: Activations) -> V
     for format in Format::ALL {
         eprintln!("Measuring linear layers in {} ...", format.name());
         for &(shape, place) in &shapes {
-            let figures =
-                measure::linear(&mut pool, buffer, activations, format, shape, &MS, place);
+            let figures = measure::linear(&mut pool, buffer, precision, format, shape, &MS, place);
             kernels.extend(figures.into_iter().map(|figure| Kernel {
                 format: format.name(),
                 rows: figure.case.rows,

@@ -213,15 +213,15 @@ fn measure_machine(
     buffer: &Buffer,
 ) -> anyhow::Result<Report> {
     let most = n_threads.last().copied().unwrap_or(1);
-    let kernels = |activations| machine::kernels(most, buffer, activations);
+    let kernels = match options.kernels {
+        true => machine::kernels(most, buffer, options.shape.activations.into()),
+        false => Vec::new(),
+    };
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         machine: machine::measure(n_threads, buffer),
         all_reduce: machine::all_reduce()?,
-        kernels: options
-            .kernels
-            .then(|| kernels(options.shape.activations.into()))
-            .unwrap_or_default(),
+        kernels,
         models: Vec::new(),
     })
 }

@@ -7,10 +7,11 @@
 use std::error::Error as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use evener_proto::activations::Activations;
 use evener_proto::ids::{Epoch, GroupId, ModelName};
+use evener_proto::kv_format::KvFormat;
 use evener_proto::worker as pb;
 use evener_proto::worker::worker_client::WorkerClient;
-use evener_proto::{Activations, KvFormat};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 

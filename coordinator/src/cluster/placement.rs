@@ -7,8 +7,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use evener_proto::activations::Activations;
 use evener_proto::ids::{GroupId, ModelName, WorkerId};
-use evener_proto::{Activations, KvFormat};
+use evener_proto::kv_format::KvFormat;
 
 use super::membership::View;
 use super::records::{Deployment, Held, Worker};

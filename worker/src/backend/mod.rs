@@ -98,14 +98,6 @@ pub struct Options {
     pub cores: Vec<usize>,
 }
 
-/// What the kernels call a group's rounding.
-pub(crate) fn activations(asked: evener_proto::Activations) -> Activations {
-    match asked {
-        evener_proto::Activations::Int12 => Activations::Int12,
-        evener_proto::Activations::Int8 => Activations::Int8,
-    }
-}
-
 /// A rank's weights in the device's own form, before its KV cache exists.
 pub trait Loaded: Send {
     /// Bytes of weights this rank holds.
