@@ -182,8 +182,7 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     let mut n_threads: Vec<usize> = splits.iter().map(Split::n_threads).chain([1]).collect();
     n_threads.sort_unstable();
     n_threads.dedup();
-    let buffer = Buffer::new();
-    let mut report = measure_machine(&options, &n_threads, &buffer)?;
+    let mut report = measure_machine(&options, &n_threads)?;
     for subject in &subjects {
         let mut model = Model {
             model: subject.model.clone(),
@@ -197,8 +196,7 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
             eprintln!("{}: {note}", subject.model);
         }
         for split in &splits {
-            let (options, machine, buffer) = (&options, &report.machine, &buffer);
-            let bench = Bench { options, subject, split, machine, buffer };
+            let bench = Bench { options: &options, subject, split, machine: &report.machine };
             model.splits.push(bench.run(log, &mut signals).await?);
         }
         report.models.push(model);
@@ -206,20 +204,17 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
     show(&options, &report)
 }
 
-/// All but the models.
-fn measure_machine(
-    options: &Options,
-    n_threads: &[usize],
-    buffer: &Buffer,
-) -> anyhow::Result<Report> {
+/// All but the models. The buffer is gone before they are loaded, and its pages are theirs.
+fn measure_machine(options: &Options, n_threads: &[usize]) -> anyhow::Result<Report> {
+    let buffer = Buffer::new();
     let most = n_threads.last().copied().unwrap_or(1);
     let kernels = match options.kernels {
-        true => machine::kernels(most, buffer, options.shape.activations.into()),
+        true => machine::kernels(most, &buffer, options.shape.activations.into()),
         false => Vec::new(),
     };
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
-        machine: machine::measure(n_threads, buffer),
+        machine: machine::measure(n_threads, &buffer),
         all_reduce: machine::all_reduce()?,
         kernels,
         models: Vec::new(),
@@ -336,13 +331,26 @@ impl Options {
 /// Until ranks without work no longer spin.
 const REST: Duration = Duration::from_millis(100);
 
+/// What is read to see what memory delivers.
+struct Memory {
+    buffer: Buffer,
+    n_threads: usize,
+}
+
+impl Memory {
+    /// Bytes per second to as many threads as the split has, once those rest.
+    async fn read_now(&self) -> f64 {
+        tokio::time::sleep(REST).await;
+        measure::read_bandwidth_now(&self.buffer, self.n_threads)
+    }
+}
+
 /// One model in one layout.
 struct Bench<'a> {
     options: &'a Options,
     subject: &'a Subject,
     split: &'a Split,
     machine: &'a Machine,
-    buffer: &'a Buffer,
 }
 
 impl Bench<'_> {
@@ -399,12 +407,14 @@ impl Bench<'_> {
 
     async fn work(&self, engine: &mut Engine) -> anyhow::Result<Vec<Work>> {
         let (options, demand, ceilings) = (self.options, &self.subject.demand, self.ceilings()?);
+        let n_threads = self.split.n_threads();
+        let memory = Memory { buffer: Buffer::new(), n_threads };
         let mut done = Vec::new();
         engine.prefill(options.prefill).await?;
         let (mut seconds, mut read) = (Vec::new(), Vec::new());
         for _ in 0..options.runs {
             seconds.push(engine.prefill(options.prefill).await?.as_secs_f64());
-            read.push(self.read_now().await);
+            read.push(memory.read_now().await);
         }
         let ceilings = |read| ceilings.with_read(Spread::of(read).median);
         done.push(Work::prefill(options.prefill, &seconds, demand, &ceilings(read)));
@@ -415,19 +425,13 @@ impl Bench<'_> {
             for _ in 0..options.runs {
                 let step = engine.decode(n, options.context, options.steps).await?;
                 seconds.push(step.as_secs_f64());
-                read.push(self.read_now().await);
+                read.push(memory.read_now().await);
             }
             let context = options.context as f64 + options.steps as f64 / 2.0;
             done.push(Work::decode(n, context, &seconds, demand, &ceilings(read)));
             self.tell(&done);
         }
         Ok(done)
-    }
-
-    /// What memory delivers to as many threads as the split has, once those rest.
-    async fn read_now(&self) -> f64 {
-        tokio::time::sleep(REST).await;
-        measure::read_bandwidth_now(self.buffer, self.split.n_threads())
     }
 
     /// Ours and llama.cpp's in turn, if that is wanted.
