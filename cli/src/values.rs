@@ -276,7 +276,7 @@ pub enum Activations {
     /// To 12 bits; not at all where weights are not quantised.
     Int12,
     /// To 8 bits, or bf16 where weights are bf16, as other engines do: prompts and batches are faster,
-    /// and a small model chooses another token at 3 to 4 of 100 positions.
+    /// and a small model chooses another token at 4 of 100 positions.
     Int8,
 }
 

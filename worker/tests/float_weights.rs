@@ -89,10 +89,8 @@ fn logits_are_those_of_the_oracle_in_f32() {
 #[test]
 fn bits_do_not_depend_on_splits_threads_or_batch() {
     let bits = |logits: &[f32]| logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-    let rounded = FORMATS.map(|format| (format, Activations::Int8));
-    for (format, activations) in
-        FORMATS.map(|format| (format, Activations::Int12)).into_iter().chain(rounded)
-    {
+    let both = [Activations::Int12, Activations::Int8];
+    for (format, activations) in FORMATS.into_iter().flat_map(|f| both.map(|a| (f, a))) {
         let (_, checkpoint) = checkpoint(format);
         let base = Group { kv_format: KvFormat::F32, activations, ..Group::default() };
         let prompts = prompts();

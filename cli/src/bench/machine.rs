@@ -1,6 +1,8 @@
 //! What the machine itself can do: read, multiply, meet another rank; and what single linear
 //! layers make of it.
 
+use std::time::Duration;
+
 use evener_worker::measure::{self, Buffer, Format, Isa, Link, Place, Pool, Precision};
 
 use super::report::{AllReduce, Ceilings, Kernel, Machine};
@@ -12,6 +14,8 @@ const N_ROUNDS: usize = 2000;
 /// second-level cache, and the demo model's gate and up together.
 const FAR_SHAPES: [[usize; 2]; 1] = [[8192, 2048]];
 const NEAR_SHAPES: [[usize; 2]; 2] = [[512, 2048], [3072, 512]];
+/// Until ranks without work no longer spin.
+const REST: Duration = Duration::from_millis(100);
 /// Rows of activations.
 const MS: [usize; 6] = [1, 4, 8, 16, 32, 512];
 
@@ -26,6 +30,25 @@ pub fn measure(n_threads: &[usize], buffer: &Buffer) -> Machine {
         n_cores: n_cores(),
         isa: Isa::detect().name(),
         threads: n_threads.iter().map(ceilings).collect(),
+    }
+}
+
+/// What memory delivers between the runs of a model.
+pub struct Memory {
+    buffer: Buffer,
+    n_threads: usize,
+}
+
+impl Memory {
+    /// As so many threads see it.
+    pub fn new(n_threads: usize) -> Self {
+        Self { buffer: Buffer::new(), n_threads }
+    }
+
+    /// Bytes per second, once the model's ranks rest.
+    pub async fn read_now(&self) -> f64 {
+        tokio::time::sleep(REST).await;
+        measure::read_bandwidth_now(&self.buffer, self.n_threads)
     }
 }
 

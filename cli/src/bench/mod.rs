@@ -17,12 +17,12 @@ mod tables;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use evener_worker::checkpoint::synthetic;
-use evener_worker::measure::{self, Buffer};
+use evener_worker::measure::Buffer;
 use serde::Serialize;
 
 use crate::signals::Signals;
@@ -30,6 +30,7 @@ use crate::up::{Cluster, Plan, Progress, Shape, Started};
 use crate::view::View;
 use engine::Engine;
 use llama_cpp::{Pair, Rates};
+use machine::Memory;
 use report::{Ceilings, Laid, Machine, Model, Report, Spread, Work};
 use split::Split;
 use subject::Subject;
@@ -208,15 +209,12 @@ pub async fn run(options: Options, log: &str) -> anyhow::Result<()> {
 fn measure_machine(options: &Options, n_threads: &[usize]) -> anyhow::Result<Report> {
     let buffer = Buffer::new();
     let most = n_threads.last().copied().unwrap_or(1);
-    let kernels = match options.kernels {
-        true => machine::kernels(most, &buffer, options.shape.activations.into()),
-        false => Vec::new(),
-    };
+    let kernels = || machine::kernels(most, &buffer, options.shape.activations.into());
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         machine: machine::measure(n_threads, &buffer),
         all_reduce: machine::all_reduce()?,
-        kernels,
+        kernels: if options.kernels { kernels() } else { Vec::new() },
         models: Vec::new(),
     })
 }
@@ -328,23 +326,6 @@ impl Options {
     }
 }
 
-/// Until ranks without work no longer spin.
-const REST: Duration = Duration::from_millis(100);
-
-/// What is read to see what memory delivers.
-struct Memory {
-    buffer: Buffer,
-    n_threads: usize,
-}
-
-impl Memory {
-    /// Bytes per second to as many threads as the split has, once those rest.
-    async fn read_now(&self) -> f64 {
-        tokio::time::sleep(REST).await;
-        measure::read_bandwidth_now(&self.buffer, self.n_threads)
-    }
-}
-
 /// One model in one layout.
 struct Bench<'a> {
     options: &'a Options,
@@ -407,8 +388,7 @@ impl Bench<'_> {
 
     async fn work(&self, engine: &mut Engine) -> anyhow::Result<Vec<Work>> {
         let (options, demand, ceilings) = (self.options, &self.subject.demand, self.ceilings()?);
-        let n_threads = self.split.n_threads();
-        let memory = Memory { buffer: Buffer::new(), n_threads };
+        let memory = Memory::new(self.split.n_threads());
         let mut done = Vec::new();
         engine.prefill(options.prefill).await?;
         let (mut seconds, mut read) = (Vec::new(), Vec::new());

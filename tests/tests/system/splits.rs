@@ -68,19 +68,22 @@ async fn every_split_gives_the_same_bits() {
 /// `--kv` and `--activations` are the group's: all its ranks take them, and the page says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn formats_of_a_group_reach_all_its_ranks() {
-    let start = |shares| {
+    let start = |shares, kv, activations| {
         let cluster = Cluster::builder().shares(shares);
-        cluster.option("--kv", "int8").option("--activations", "int8").start()
+        cluster.option("--kv", kv).option("--activations", activations).start()
     };
-    let whole = start("1").await;
+    let whole = start("1", "int8", "int8").await;
     let expected = answer(&whole).await.to_string();
     drop(whole);
-    let split = start("1:2").await;
+    let split = start("1:2", "int8", "int8").await;
     assert_eq!(answer(&split).await.to_string(), expected);
     let group = split.api.status().await["groups"][0].clone();
     assert_eq!(group["kv_format"], "int8", "{group:#}");
     assert_eq!(group["activations"], "int8", "{group:#}");
     drop(split);
-    let usual = Cluster::builder().shares("1:2").start().await;
-    assert_ne!(answer(&usual).await.to_string(), expected, "nothing was rounded");
+    for (kv, activations) in [("f16", "int8"), ("int8", "int12")] {
+        let other = start("1:2", kv, activations).await;
+        let got = answer(&other).await.to_string();
+        assert_ne!(got, expected, "KV in {kv}, activations in {activations}: one had no effect");
+    }
 }

@@ -89,14 +89,16 @@ unsafe fn run<B: Blocks, const M: usize, const TERMS: usize>(
     }
 }
 
-/// What dot products begin with: the zero of the weights times the activations.
+/// What dot products begin with, so that weights count from their zero: `-ZERO` times the sum of the
+/// activations, of which `offset` is `-EIGHT` times.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn start<B: Blocks>(offset: i32) -> __m512i {
+    const { assert!(B::ZERO == 0 || B::ZERO == EIGHT << (B::ZERO / EIGHT).trailing_zeros()) };
     if B::ZERO == 0 {
         return _mm512_setzero_si512();
     }
-    let shift = const { if B::ZERO == 0 { 0 } else { (B::ZERO / EIGHT).ilog2() } };
+    let shift = (B::ZERO / EIGHT).trailing_zeros();
     _mm512_sllv_epi32(_mm512_set1_epi32(offset), _mm512_set1_epi32(shift as i32))
 }
 
