@@ -290,7 +290,8 @@ impl Driver for Card {
     fn introduction(&self) -> Result<Option<Introduction>, Error> {
         let Some(version) = nccl::version() else { return Ok(None) };
         let uuid = result::device::get_uuid(self.0.device).map_err(failed("cuDeviceGetUuid"))?;
-        Ok(Some(Introduction { version, card: uuid.bytes.map(|c| c as u8) }))
+        let card = uuid.bytes.map(|c| c as u8);
+        Ok(Some(Introduction { version, card, shares: nccl::shares_cards(version) }))
     }
 
     fn name_group(&self) -> Result<Id, Error> {

@@ -333,7 +333,7 @@ impl Driver for Emulator {
     fn introduction(&self) -> Result<Option<Introduction>, Error> {
         let mut card = [0; 16];
         card[..8].copy_from_slice(&self.0.number.to_ne_bytes());
-        Ok(Some(Introduction { version: 1, card }))
+        Ok(Some(Introduction { version: 1, card, shares: false }))
     }
 
     fn name_group(&self) -> Result<Id, Error> {

@@ -12,8 +12,10 @@ use super::{Device, Error};
 pub struct Introduction {
     /// Version of the library that would sum: all must have the same.
     pub version: u32,
-    /// The card's own number in the world: no two members may share one.
+    /// The card's own number in the world.
     pub card: [u8; 16],
+    /// Whether several members may share the card.
+    pub shares: bool,
 }
 
 /// Bytes of an [`Id`].

@@ -28,6 +28,11 @@ pub(super) fn version() -> Option<u32> {
     result::get_nccl_version().ok().and_then(|version| u32::try_from(version).ok())
 }
 
+/// Whether the library takes several members on one card: from 2.30 on, where its user asks for it.
+pub(super) fn shares_cards(version: u32) -> bool {
+    version >= 23000 && std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|asked| asked == "1")
+}
+
 /// Names a group; the library listens for its members from now on.
 pub(super) fn new_id() -> Result<Id, Error> {
     let id = result::get_uniqueid().map_err(|error| failed("ncclGetUniqueId", &error))?;

@@ -20,27 +20,30 @@ const LOOKS: u32 = 64;
 /// it waits without a clock.
 const MOST_QUEUED: u32 = 32;
 
-/// What a rank says of itself: version, card, tokens of a step, and the lead the group's name.
+/// What a rank says of itself: version, card and whether others may share it, tokens of a step, and the
+/// lead the group's name.
 pub(super) fn introduction(about: Introduction, max_tokens: usize, id: Option<Id>) -> Vec<u8> {
     let mut bytes = about.version.to_le_bytes().to_vec();
     bytes.extend(about.card);
+    bytes.push(about.shares.into());
     bytes.extend((max_tokens as u64).to_le_bytes());
     bytes.extend(id.iter().flat_map(|id| id.0));
     bytes
 }
 
-/// The group that ranks who said this can make, if they can: devices all, each its own, with one
-/// version of the library, and steps padded alike.
+/// The group that ranks who said this can make, if they can: devices all, each its own where they may
+/// not share one, with one version of the library, and steps padded alike.
 pub(super) fn common(introductions: &[Vec<u8>]) -> Option<Id> {
     const CARD: std::ops::Range<usize> = 4..20;
-    const ABOUT: usize = 28;
+    const SHARES: usize = 20;
+    const ABOUT: usize = 29;
     let (lead, others) = introductions.split_first()?;
     let id = lead.get(ABOUT..)?.try_into().map(Id).ok()?;
     let mut cards = HashSet::from([&lead[CARD]]);
     let fits = |other: &&Vec<u8>| {
-        other.len() == ABOUT && other[..4] == lead[..4] && other[20..] == lead[20..ABOUT]
+        other.len() == ABOUT && other[..4] == lead[..4] && other[CARD.end..] == lead[CARD.end..ABOUT]
     };
-    let is_one = others.iter().all(|other| fits(&other) && cards.insert(&other[CARD]));
+    let is_one = others.iter().all(|other| fits(&other) && (cards.insert(&other[CARD]) || lead[SHARES] == 1));
     (is_one && !others.is_empty()).then_some(id)
 }
 
@@ -151,8 +154,19 @@ mod tests {
     use evener_kernels::cuda::group::ID_BYTES;
 
     fn said(version: u32, card: u8, max_tokens: usize, id: Option<u8>) -> Vec<u8> {
-        let about = Introduction { version, card: [card; 16] };
+        let about = Introduction { version, card: [card; 16], shares: false };
         introduction(about, max_tokens, id.map(|byte| Id([byte; ID_BYTES])))
+    }
+
+    #[test]
+    fn ranks_share_a_card_where_all_may() {
+        let said = |shares, id: Option<u8>| {
+            let about = Introduction { version: 23000, card: [1; 16], shares };
+            introduction(about, 512, id.map(|byte| Id([byte; ID_BYTES])))
+        };
+        assert!(common(&[said(true, Some(7)), said(true, None)]).is_some());
+        assert!(common(&[said(true, Some(7)), said(false, None)]).is_none());
+        assert!(common(&[said(false, Some(7)), said(false, None)]).is_none());
     }
 
     #[test]
