@@ -184,7 +184,7 @@ fn ceilings(place: Place, sizes: &Sizes) -> Result<Ceilings, Failure> {
     }
     let (parts, out) = (Parts::new(&device, [n])?, device.buffer::<f32>(n * n)?);
     let (activations, scratch) = (Activations::new(&device, n, n)?, Scratch::new(&device, n)?);
-    let projection = Projection { weight: &weight, parts: &parts, out: &out };
+    let projection = Projection { weight: &weight, parts: &parts, out: &out, adds: false };
     let product = seconds(sizes.patience, || {
         linear(&input, n, n, &activations, &scratch, &[projection])?;
         Ok(device.synchronise()?)

@@ -2,11 +2,14 @@
 // of attention: `merge_attended` of attention.cu.)
 //
 // For weights in integers: f16 numbers with a scale for each step of 128 columns, a power of two that brings the step's
-// largest to 2^14 and above. For weights of bf16: two bf16 numbers each, the second holding what the first lost.
+// largest to 2^14 and above; of one token integers of 15 bits, two bytes each, with a scale that makes the step's largest
+// LARGEST. For weights of bf16: two bf16 numbers each, the second holding what the first lost.
 
 #define RUN 32
 #define STEP 4 // runs that share a scale
 #define STEP_COLUMNS (STEP * RUN) // four for each lane of a warp
+// The largest integer whose upper byte, rounded, has 127 at most.
+#define LARGEST 16319.0f
 #define MAKE_THREADS 128
 #define NORM_THREADS 512
 // Stretches of NORM_THREADS * 4 columns whose numbers a thread of `rms_norm` keeps.
@@ -22,6 +25,11 @@ struct Made {
     u32* totals;
     u16 *first, *second; // [token][columns]
     float* plain;        // [token][columns]
+    // [token][run, padded to whole steps][t of 0 to 3]: upper bytes of columns 4t to 4t + 3 and 16 + 4t.., lower bytes of both;
+    // an integer is 128 times the upper plus the lower.
+    uint4* bytes;
+    float* byte_scales; // [token][step]
+    float* byte_sums;   // [token][half a run]: of the integers
     u32 columns, n_tokens;
 };
 
@@ -48,7 +56,7 @@ DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v,
     const u32 run = step * STEP + lane / 8, four = lane % 8, n_padded = padded(to.n_tokens);
     const u64 of_run = ((u64)token * steps_of(to.columns) * STEP + run) * 4;
     to.halves[(of_run + four % 4) * 2 + four / 4] = {pair(half[0], half[2]), pair(half[1], half[3])};
-    if (lane % 4 == 0) {
+    if (lane % 4 == 0 && to.totals) {
         total *= 0.0625f;
         const u16 high = float_to_half(total);
         to.totals[(u64)(run * 2 + four / 4) * n_padded + token] = pair(high, float_to_half(total - half_to_float(high)));
@@ -56,6 +64,31 @@ DEVICE void make_halves(const Made& to, u32 token, u32 step, u32 lane, float4 v,
     // 2^24 * 2^(exponent - 127 - 14), in two factors: the product may be beyond a float's range, and is infinite then.
     const float scale = is_zero ? 0.0f : float_of(exponent << 23) * 1024.0f;
     if (lane == 0) to.scales[(u64)step * n_padded + token] = is_finite ? scale : float_of(0x7fc00000u);
+}
+
+// Four columns of a step, the `lane`-th four; all lanes of a warp are here. `largest`: of the step's magnitudes.
+DEVICE void make_bytes(const Made& to, u32 token, u32 step, u32 lane, float4 v, float largest, bool is_finite, bool is_there) {
+    const float inverse = LARGEST / largest;
+    const bool is_zero = !is_finite || !(inverse <= 3.402823466e38f); // what is that small is taken as zeros
+    const float of_lane[4] = {v.x, v.y, v.z, v.w};
+    u32 upper = 0, lower = 0;
+    float sum = 0.0f;
+    for (int i = 0; i < 4; i++) {
+        const float rounded = is_zero ? 0.0f : (of_lane[i] * inverse + 12582912.0f) - 12582912.0f;
+        const int whole = (int)rounded, high = (whole + 64) >> 7;
+        upper |= (u32)(high & 255) << 8 * i;
+        lower |= (u32)((whole - high * 128) & 255) << 8 * i;
+        sum += rounded;
+    }
+    for (int mask = 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (!is_there) return;
+    const u32 n_steps = steps_of(to.columns), four = lane % 8;
+    const u64 run = ((u64)token * n_steps + step) * STEP + lane / 8;
+    u32* words = (u32*)(to.bytes + run * 4 + four % 4) + four / 4;
+    words[0] = upper, words[2] = lower;
+    if (lane % 4 == 0) to.byte_sums[run * 2 + four / 4] = sum;
+    const float scale = is_zero ? 0.0f : largest / LARGEST;
+    if (lane == 0) to.byte_scales[(u64)token * n_steps + step] = is_finite ? scale : float_of(0x7fc00000u);
 }
 
 // As rows of f32 and of bf16.
@@ -75,7 +108,7 @@ DEVICE void make_floats(const Made& to, u64 at, float4 v) {
 // Four columns of a step, the `lane`-th four; all lanes of a warp are here, and hold the step.
 DEVICE void make(const Made& to, u32 token, u32 step, u32 lane, float4 v, bool is_there) {
     if (is_there) make_floats(to, (u64)token * to.columns + step * STEP_COLUMNS + lane * 4, v);
-    if (!to.halves) return;
+    if (!to.halves && !to.bytes) return;
     const float of_lane[4] = {v.x, v.y, v.z, v.w};
     float largest = 0.0f, poison = 0.0f;
     for (int i = 0; i < 4; i++) {
@@ -85,7 +118,9 @@ DEVICE void make(const Made& to, u32 token, u32 step, u32 lane, float4 v, bool i
     largest = warp_max(largest);
     poison = warp_sum(poison);
     // What is beyond the columns of the last step is zeros.
-    make_halves(to, token, step, lane, v, bits_of(largest) >> 23, poison == 0.0f, step < steps_of(to.columns));
+    const bool is_finite = poison == 0.0f, is_step = step < steps_of(to.columns);
+    if (to.halves) make_halves(to, token, step, lane, v, bits_of(largest) >> 23, is_finite, is_step);
+    if (to.bytes) make_bytes(to, token, step, lane, v, largest, is_finite, is_step);
 }
 
 // Of rows of `in`, [..][columns]: those that `rows` names, or each, where it is null. Grid: 512 columns, tokens.
@@ -103,9 +138,15 @@ make_plain(const float* in, const u32* rows, Made to) {
 // residual += delta where there is a delta (it may be null); then residual / rms(residual) * weight. A block a row.
 KERNEL(NORM_THREADS)
 rms_norm(float* residual, const float* delta, const float* weight, Made to, float eps) {
-    depend();
     float* place = (float*)shared_memory();
     const u32 token = blockIdx.x, n_fours = to.columns / 4;
+    float4 weights[NORM_KEPT];
+#pragma unroll
+    for (int i = 0; i < NORM_KEPT; i++) {
+        const u32 at = i * NORM_THREADS + threadIdx.x;
+        if (at < n_fours) weights[i] = ((const float4*)weight)[at];
+    }
+    depend();
     float4* row = (float4*)(residual + (u64)token * to.columns);
     const float4* more = (const float4*)(delta + (u64)token * to.columns);
     float4 kept[NORM_KEPT];
@@ -144,7 +185,7 @@ rms_norm(float* residual, const float* delta, const float* weight, Made to, floa
         if (i * NORM_THREADS >= n_fours) break;
         float4 v = kept[i];
         if (at < n_fours) {
-            const float4 w = ((const float4*)weight)[at];
+            const float4 w = weights[i];
             v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
         }
         make(to, token, at / 32, at % 32, v, at < n_fours);

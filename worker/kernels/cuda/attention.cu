@@ -15,10 +15,28 @@ struct Item {
     u32 position, first_block; // of the row, in its sequence and of that in the tables
 };
 
+// Four columns of attention, the `four`-th four of a row; whole warps are here, of which those with columns `is_there`.
+DEVICE void make_attended(const Made& to, u32 row, u32 four, float4 v, bool is_there) {
+#if HEAD_DIM % 128 == 0
+    if (to.bytes) { // whole steps: a scale of their own is at hand
+        make(to, row, four / 32, four % 32, v, is_there);
+        return;
+    }
+#endif
+    if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
+    // A mean of values of f16, below 2^16: one scale does for all, that of an exponent of 15.
+    if (to.halves) {
+        const float sum = v.x + v.y + v.z + v.w;
+        make_halves(to, row, four / 32, four % 32, v, 127 + 15, sum == sum, is_there);
+    }
+}
+
 #if KV_FORMAT == 0
 
 #define ATTEND_THREADS 128
 #define ATTEND_WARPS (ATTEND_THREADS / 32)
+// That a multiprocessor shall have room for; large heads take more registers.
+#define ATTEND_BLOCKS (HEAD_DIM <= 128 ? 4 : 2)
 // Positions that a block of `attend` takes at once: a KV block a warp.
 #define SPLIT (ATTEND_WARPS * BLOCK_LEN)
 // Scores here are of base 2: queries come with a scale that log2(e) is part of.
@@ -31,6 +49,12 @@ struct KvBlock {
     uint4 keys[2][CHUNKS];
     uint2 values[HEAD_DIM / 8];
 };
+
+// Asks for a page, both its planes; all lanes of a warp are here.
+DEVICE void prefetch_page(u8* cache, u32 page, u32 lane) {
+#pragma unroll
+    for (u32 at = 0; at < PAGE_BYTES; at += 32 * 128) prefetch((const u8*)keys_of(cache, page) + at + lane * 128);
+}
 
 DEVICE u32 position_of(u32 g) { return g / 2 * 4 + g % 2; }
 
@@ -121,28 +145,99 @@ DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_po
     }
 }
 
+// Queries that are not turned yet, and the keys and values of their positions, which are not kept yet: of rows that stand
+// alone in their sequences. No keys: all that was done before.
+struct Unturned {
+    const float *k, *v, *angles;
+    const u32* slots;
+    u32 n_pairs, is_adjacent;
+};
+
+// Where attention goes if the last block of a row and KV head merges what all have found. `first_items`: where the items of
+// each row begin, and where the last end; `counts`: [row][KV head], zeros before and after. No counts: `merge_attended` does.
+struct Merging {
+    const u32* first_items;
+    u32* counts;
+    Made to;
+};
+
+// The parts of a row and head to attention, in order, by one warp, whose lanes have four columns each of every 128.
+DEVICE void merge_parts(const Merging& merging, const float* parts, u32 row, u32 head, u32 n_heads, u32 lane) {
+    const u32 first = merging.first_items[row], end = merging.first_items[row + 1];
+    float top = MINUS_INFINITY;
+    for (u32 item = first + lane; item < end; item += 32) {
+        top = fmaxf(top, read_of_others(parts + ((u64)item * n_heads + head) * PART + HEAD_DIM));
+    }
+    top = warp_max(top);
+    constexpr int N = (HEAD_DIM + 127) / 128;
+    float4 sums[N];
+    float total = 0.0f;
+    for (int n = 0; n < N; n++) sums[n] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+    for (u32 item = first; item < end; item++) {
+        const float* part = parts + ((u64)item * n_heads + head) * PART;
+        const float weight = power_of_two(read_of_others(part + HEAD_DIM) - top);
+        total = fmaf(read_of_others(part + HEAD_DIM + 1), weight, total);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (n * 128 + lane * 4 >= HEAD_DIM) break;
+            const float4 v = read_of_others((const float4*)part + n * 32 + lane);
+            sums[n] = {fmaf(v.x, weight, sums[n].x), fmaf(v.y, weight, sums[n].y), fmaf(v.z, weight, sums[n].z),
+                       fmaf(v.w, weight, sums[n].w)};
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float4 v = {sums[n].x / total, sums[n].y / total, sums[n].z / total, sums[n].w / total};
+        make_attended(merging.to, row, head * (HEAD_DIM / 4) + n * 32 + lane, v, n * 128 + lane * 4 < HEAD_DIM);
+    }
+}
+
 // Of each item and query head of the KV head: the largest score, the sum of 2^(score - largest), and the values' sum with
 // those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
 // the last end. `tables`: KV blocks of each sequence. `parts`: [item][head][PART].
 //
-// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1].
-KERNEL(ATTEND_THREADS)
+// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1], which
+// queries to be turned lie in before, a key, angles.
+KERNEL_AT_LEAST(ATTEND_THREADS, ATTEND_BLOCKS)
 attend(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
-       u32 n_kv_heads, float scale) {
-    depend();
+       u32 n_kv_heads, float scale, Unturned unturned, Merging merging) {
     float* tops = (float*)shared_memory();
     float* place = tops + ATTEND_WARPS * GROUP;
     const Item item = items[blockIdx.x];
     const u32 first_split = item.splits & 0xffffu, n_splits = item.splits >> 16, position = item.position;
-    if (n_splits == 0) return; // it pads the bucket
     const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u32* table = tables + item.first_block;
+    // This warp's blocks are every ATTEND_WARPS-th.
+    const u32 end = min((first_split + n_splits) * (SPLIT / BLOCK_LEN), position / BLOCK_LEN + 1);
+    const u32 first_block = first_split * (SPLIT / BLOCK_LEN) + warp, first_page = first_block < end ? table[first_block] : 0;
+    if (first_block < end) prefetch_page(cache, first_page * n_kv_heads + kv_head, lane);
+    float* of_key = place + GROUP * (HEAD_DIM + 1);
+    Turn turn;
+    if (unturned.k) {
+        turn = turn_of(unturned.angles, position, unturned.n_pairs, unturned.is_adjacent, of_key + HEAD_DIM);
+        block_sync();
+    }
+    depend();
+    if (n_splits == 0) return; // it pads the bucket
+    if (unturned.k && warp == ATTEND_WARPS - 1 && end == position / BLOCK_LEN + 1) {
+        const u64 from = ((u64)item.row * n_kv_heads + kv_head) * HEAD_DIM;
+        turn_head(turn, unturned.k + from, of_key, lane);
+        keep_head(cache, unturned.slots[item.row], kv_head, n_kv_heads, of_key, unturned.v + from, lane);
+    }
     for (u32 first_head = heads[kv_head]; first_head < heads[kv_head + 1]; first_head += GROUP) {
         const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
-        // This warp's blocks are every ATTEND_WARPS-th; the next one's page is known before this one is read.
-        const u32 end = min((first_split + n_splits) * (SPLIT / BLOCK_LEN), position / BLOCK_LEN + 1);
-        u32 block = first_split * (SPLIT / BLOCK_LEN) + warp, page = block < end ? table[block] : 0;
+        // The next block's page is known before this one is read.
+        u32 block = first_block, page = first_page;
         const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
+        if (unturned.k) {
+            block_sync(); // the last heads' sums were read
+            for (u32 j = warp; j < n_queries; j += ATTEND_WARPS) {
+                turn_head(turn, of_row + j * HEAD_DIM, place + j * HEAD_DIM, lane);
+            }
+            block_sync();
+            of_row = place;
+        }
         AttendingFew at;
         start_few(at, g < n_queries ? of_row + g * HEAD_DIM : (const float*)0, scale * LOG2_E, t);
         for (; block < end; block += ATTEND_WARPS) {
@@ -192,6 +287,16 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
             }
         }
     }
+    if (!merging.counts) return;
+    block_sync(); // all of this block's parts are written
+    u32* before = (u32*)tops;
+    if (threadIdx.x == 0) *before = arrive(merging.counts + item.row * n_kv_heads + kv_head);
+    block_sync();
+    if (*before + 1 < merging.first_items[item.row + 1] - merging.first_items[item.row]) return;
+    for (u32 head = heads[kv_head] + warp; head < heads[kv_head + 1]; head += ATTEND_WARPS) {
+        merge_parts(merging, parts, item.row, head, n_heads, lane);
+    }
+    if (threadIdx.x == 0) merging.counts[item.row * n_kv_heads + kv_head] = 0;
 }
 
 #else
@@ -362,10 +467,10 @@ attend_plain(const float* q, u8* cache, const Item* items, const u32* tables, co
 // are added in order. Shared: [MERGE_WARPS][PART]. Halves are made of a cache in f16 only.
 KERNEL(MERGE_THREADS)
 merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads) {
-    depend();
     float* place = (float*)shared_memory();
     const u32 row = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 first = first_items[row], end = first_items[row + 1];
+    depend();
     if (first == end) return;
     float top = MINUS_INFINITY;
     for (u32 item = first + lane; item < end; item += 32) {
@@ -396,11 +501,5 @@ merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads)
         }
         v = {v.x / all, v.y / all, v.z / all, v.w / all};
     }
-    const u32 four = head * (HEAD_DIM / 4) + threadIdx.x;
-    if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
-    // A mean of values of f16, below 2^16: one scale does for all, that of an exponent of 15.
-    if (to.halves) {
-        const float sum = v.x + v.y + v.z + v.w;
-        make_halves(to, row, four / 32, four % 32, v, 127 + 15, sum == sum, is_there);
-    }
+    make_attended(to, row, head * (HEAD_DIM / 4) + threadIdx.x, v, is_there);
 }

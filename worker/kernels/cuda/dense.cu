@@ -13,6 +13,16 @@ struct Dense {
 struct OfBf16Rows {
     typedef Dense Matrix;
     static constexpr u32 RUNS = 2, LEN = 4 * 32;
+    static constexpr bool TAKES_ONE = true;
+
+    static DEVICE_MEMBER u32 made_floats(u32 columns) { return columns; }
+    static DEVICE_MEMBER Made made_at(const Made& like, float* place) {
+        Made made = {};
+        made.first = (u16*)place, made.second = made.first + like.columns;
+        made.columns = like.columns, made.n_tokens = 1;
+        return made;
+    }
+    static DEVICE_MEMBER void finish(float*) {}
 
     // Eight lanes fetch a row of a step: whole lines. In shared memory it lies by run, then as lanes multiply it: rows 0 to 7
     // and the rest.
@@ -40,6 +50,13 @@ struct OfBf16Rows {
             }
             row += WARPS * RUNS * 4;
             runs_left -= WARPS * RUNS;
+        }
+
+        // A line a lane: four of its rows, two steps at a time.
+        DEVICE_MEMBER void prefetch_steps(u32 n, u32 lane) const {
+            for (u32 step = lane % 8 / 4; step < min(n, 4); step += 2) {
+                prefetch(row - lane % 8 + lane % 4 * four_rows + step * WARPS * RUNS * 4);
+            }
         }
     };
 
@@ -88,13 +105,13 @@ struct OfBf16Rows {
 };
 
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
-linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
-    stream<OfBf16Rows, FEW_WARPS, 1>(all, x, parts, n_tokens);
+linear_bf16_8(Several<Dense> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
+    stream<OfBf16Rows, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);
 }
 
 KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)
-linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
-    stream<OfBf16Rows, MANY_WARPS, 4>(all, x, parts, n_tokens);
+linear_bf16_32(Several<Dense> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
+    stream<OfBf16Rows, MANY_WARPS, 4>(all, x, normed, parts, n_tokens);
 }
 
 struct OfF32 {
@@ -110,10 +127,10 @@ struct OfBf16 {
     DEVICE float value(u16 x) { return bf16_to_float(x); }
 };
 
-// A warp for each row and token. `w`: [rows][columns]; `parts` are in runs of 32 columns.
+// A warp for each row and token. `w`: [rows][columns]; `parts` are in runs of 32 columns. `adds`: to what is in `out`.
 template <class Of>
 DEVICE void multiply_plain(const typename Of::Number* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns,
-                           u32 n_tokens) {
+                           u32 n_tokens, u32 adds) {
     depend();
     const u32 lane = threadIdx.x % 32, row = blockIdx.x * PACK_WARPS + threadIdx.x / 32, token = blockIdx.y, part = blockIdx.z;
     if (row >= rows) return;
@@ -122,17 +139,20 @@ DEVICE void multiply_plain(const typename Of::Number* w, const float* x, const u
         sum = fmaf(Of::value(w[(u64)row * columns + i]), x[(u64)token * columns + i], sum);
     }
     sum = warp_sum(sum);
-    if (lane == 0) out[((u64)part * n_tokens + token) * rows + row] = sum;
+    float* to = out + ((u64)part * n_tokens + token) * rows + row;
+    if (lane == 0) *to = adds ? *to + sum : sum;
 }
 
 KERNEL(PACK_THREADS)
-linear_f32(const float* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns, u32 n_tokens) {
-    multiply_plain<OfF32>(w, x, parts, out, rows, columns, n_tokens);
+linear_f32(const float* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns, u32 n_tokens,
+           u32 adds) {
+    multiply_plain<OfF32>(w, x, parts, out, rows, columns, n_tokens, adds);
 }
 
 KERNEL(PACK_THREADS)
-linear_f16(const u16* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns, u32 n_tokens) {
-    multiply_plain<OfF16>(w, x, parts, out, rows, columns, n_tokens);
+linear_f16(const u16* w, const float* x, const u32* parts, float* out, u32 rows, u32 columns, u32 n_tokens,
+           u32 adds) {
+    multiply_plain<OfF16>(w, x, parts, out, rows, columns, n_tokens, adds);
 }
 
 template <class Of>

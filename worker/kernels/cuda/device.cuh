@@ -45,6 +45,26 @@ DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Asks for what lies there, so that it is near when it is read: it may be read before `depend`, whoever writes it.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// Adds one to a number that other blocks add to; what it was. To be called by one thread when its block is done: what the
+// block wrote is there for who finds that it was the last, by `read_of_others`.
+DEVICE u32 arrive(u32* count) {
+    __threadfence();
+    const u32 before = atomicAdd(count, 1);
+    __threadfence();
+    return before;
+}
+DEVICE float read_of_others(const float* at) { return __ldcg(at); }
+DEVICE float4 read_of_others(const float4* at) { return __ldcg(at); }
+
+// c plus the products of four bytes without a sign with four that have one.
+DEVICE int dot4(u32 a, u32 b, int c) {
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
 // Four bytes of x, by the digits of `which`, the lowest first; 4 is a zero.
 DEVICE u32 pick_bytes(u32 x, u32 which) { return __byte_perm(x, 0, which); }
 

@@ -284,6 +284,17 @@ DEVICE void copy_wait() {
 // Kernels run one after the other.
 DEVICE void depend() {}
 
+DEVICE void prefetch(const void*) {}
+
+DEVICE u32 arrive(u32* count) { return __atomic_fetch_add(count, 1, __ATOMIC_ACQ_REL); }
+DEVICE float read_of_others(const float* at) { return *at; }
+DEVICE float4 read_of_others(const float4* at) { return *at; }
+
+DEVICE int dot4(u32 a, u32 b, int c) {
+    for (int i = 0; i < 32; i += 8) c += (int)(u8)(a >> i) * (signed char)(b >> i);
+    return c;
+}
+
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
 
 DEVICE u32 pick_bytes(u32 x, u32 which) {

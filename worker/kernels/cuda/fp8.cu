@@ -22,6 +22,17 @@ DEVICE u32 place_of_row(u32 row, u32 run) { return row * 8 + (2 * run ^ row % 4 
 struct OfFp8 {
     typedef Fp8 Matrix;
     static constexpr u32 RUNS = STEP, LEN = TILE_ROWS * FP8_STEP_BYTES / 16;
+    static constexpr bool TAKES_ONE = true;
+
+    // Halves of a step, two in a float, then its scale, which a tile of eight tokens has.
+    static DEVICE_MEMBER u32 made_floats(u32 columns) { return steps_of(columns) * (STEP_COLUMNS / 2 + 8); }
+    static DEVICE_MEMBER Made made_at(const Made& like, float* place) {
+        Made made = {};
+        made.halves = (uint2*)place, made.scales = place + steps_of(like.columns) * (STEP_COLUMNS / 2);
+        made.columns = like.columns, made.n_tokens = 1;
+        return made;
+    }
+    static DEVICE_MEMBER void finish(float*) {}
 
     // Eight lanes fetch a row of a step: whole lines.
     template <int WARPS>
@@ -41,6 +52,13 @@ struct OfFp8 {
 #pragma unroll
             for (int i = 0; i < 4; i++) copy_begin(stage + place + i * 4 * 8, row + i * four_rows);
             row += WARPS * 8;
+        }
+
+        // A line a lane: four of its rows, two steps at a time.
+        DEVICE_MEMBER void prefetch_steps(u32 n, u32 lane) const {
+            for (u32 step = lane % 8 / 4; step < min(n, 4); step += 2) {
+                prefetch(row - lane % 8 + lane % 4 * four_rows + step * WARPS * 8);
+            }
         }
     };
 
@@ -115,13 +133,13 @@ struct OfFp8 {
 };
 
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
-linear_fp8_8(Several<Fp8> all, Made x, const u32* parts, u32 n_tokens) {
-    stream<OfFp8, FEW_WARPS, 1>(all, x, parts, n_tokens);
+linear_fp8_8(Several<Fp8> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
+    stream<OfFp8, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);
 }
 
 KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)
-linear_fp8_32(Several<Fp8> all, Made x, const u32* parts, u32 n_tokens) {
-    stream<OfFp8, MANY_WARPS, 4>(all, x, parts, n_tokens);
+linear_fp8_32(Several<Fp8> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
+    stream<OfFp8, MANY_WARPS, 4>(all, x, normed, parts, n_tokens);
 }
 
 // Rows of a matrix as bf16, which holds them exactly: out[row - first row][column]. Grid: 256 fours of columns, rows.

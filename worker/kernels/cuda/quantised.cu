@@ -88,6 +88,13 @@ struct IntegerCursor {
             rest[i] += strides[i];
         }
     }
+
+    // Of the quants, which are most of it, a line a lane.
+    DEVICE_MEMBER void prefetch_steps(u32 n, u32 lane) const {
+        constexpr u32 LINES = At::QUANTS / 8;
+        const u32 step = lane / LINES;
+        if (step < n) prefetch(quants - lane + lane % LINES * 8 + step * WARPS * At::QUANTS);
+    }
 };
 
 DEVICE u32 word_of(const uint4& words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
@@ -309,6 +316,8 @@ struct OfIntegers {
     template <int WARPS>
     using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
+    static constexpr bool TAKES_ONE = false;
+    static DEVICE_MEMBER void finish(float*) {}
 
     // Whether all steps are as `multiply_step` takes them.
     static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
@@ -327,6 +336,153 @@ struct OfIntegers {
     static DEVICE_MEMBER void multiply_any(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x,
                                            u32 step, u32 begin, u32 end, u32 first_token, u32 n_tokens, u32 lane) {
         multiply_any_step<BITS, SCALES, ZERO, TOKEN_TILES>(sums, stage, w, x, step, begin, end, first_token, n_tokens, lane);
+    }
+};
+
+// The weights that a lane multiplies of one run, a byte each: u of rows g and g + 8, columns 4t to 4t + 3, then 16 + 4t...
+struct Bytes {
+    u32 of[2][2];
+};
+
+// Of run `i` of the step.
+template <int BITS, int SCALES>
+DEVICE Bytes bytes_of(const uint4* stage, int i, u32 lane) {
+    typedef Stage<BITS, SCALES> At;
+    Bytes bytes;
+    const uint4 quants = stage[(BITS == 8 ? i : i / 2) * 32 + lane];
+    uint4 tops = {0, 0, 0, 0};
+    if (BITS == 5) tops = stage[At::TOPS_AT + i / 2 * 8 + lane / 4];
+    if (BITS == 6) tops = stage[At::TOPS_AT + i / 2 * 16 + lane / 2];
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        u32* of_row = bytes.of[row];
+        if (BITS == 8) {
+            of_row[0] = word_of(quants, 2 * row), of_row[1] = word_of(quants, 2 * row + 1);
+            continue;
+        }
+        const u32 word = word_of(quants, i % 2 * 2 + row);
+        of_row[0] = word & 0x0f0f0f0fu, of_row[1] = word >> 4 & 0x0f0f0f0fu;
+        if (BITS == 5) {
+            const u32 top = word_of(tops, i % 2 * 2 + row) >> lane % 4;
+            of_row[0] |= (top << 4 & 0x00100010u) | (top << 8 & 0x10001000u);
+            of_row[1] |= (top >> 4 & 0x00100010u) | (top & 0x10001000u);
+        }
+        if (BITS == 6) {
+            const u32 top = word_of(tops, i % 2 * 2 + row) >> lane % 2 * 4;
+            of_row[0] |= top << 4 & 0x30303030u;
+            of_row[1] |= top << 2 & 0x30303030u;
+        }
+    }
+    return bytes;
+}
+
+// A scale or a min of HALVES and SUPER, a byte of their word.
+template <int SCALES>
+DEVICE int whole_of(u32 word, int byte) {
+    return SCALES == HALVES ? (int)(signed char)(word >> 8 * byte) : (int)(u8)(word >> 8 * byte);
+}
+
+// One token: bytes of weights with bytes of activations, by instructions that take four of each. Sums of a run, or of a step
+// where a super-block has one scale for them, are integers, so that they are exact; each lane has those of its columns.
+template <int BITS, int SCALES, int ZERO>
+struct OfDots : OfIntegers<BITS, SCALES, ZERO> {
+    static constexpr bool TAKES_ONE = true;
+
+    static DEVICE_MEMBER u32 made_floats(u32 columns) { return steps_of(columns) * (STEP_COLUMNS / 2 + 1 + 2 * STEP); }
+    static DEVICE_MEMBER Made made_at(const Made& like, float* place) {
+        const u32 n_steps = steps_of(like.columns);
+        Made made = {};
+        made.bytes = (uint4*)place, made.byte_sums = place + n_steps * (STEP_COLUMNS / 2);
+        made.byte_scales = made.byte_sums + n_steps * 2 * STEP;
+        made.columns = like.columns, made.n_tokens = 1;
+        return made;
+    }
+
+    // Adds up what the four lanes of a row have.
+    static DEVICE_MEMBER void finish(float* sums) {
+        for (int row = 0; row < 2; row++) {
+            for (int mask = 2; mask > 0; mask /= 2) sums[2 * row] += shuffle_xor(sums[2 * row], mask);
+        }
+    }
+
+    // What ZERO and min add over run `run` of the step, of which d, m are `super`; `word`: scales, of MIN the mins.
+    static DEVICE_MEMBER float offset_over(u32 word, uint2 super, float2 halves, int row) {
+        const float whole = halves.x + halves.y;
+        if (SCALES == PLAIN) return -(float)ZERO * half_of(word, row) * whole;
+        if (SCALES == MIN) return half_of(word, row) * whole;
+        if (SCALES == SUPER) return -(half_of(super.y, row) * (float)whole_of<SUPER>(word, 2 + row)) * whole;
+        return -(float)ZERO * half_of(super.x, row) *
+               fmaf((float)whole_of<HALVES>(word, row), halves.x, (float)whole_of<HALVES>(word, 2 + row) * halves.y);
+    }
+
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised&, const Made& x, u32 step,
+                                       u32, u32, u32 lane) {
+        const u32 g = lane / 4, t = lane % 4;
+        const uint4* b = x.bytes + (u64)step * (4 * STEP) + t;
+        const float scale = x.byte_scales[step];
+        const float2 of_run = ((const float2*)x.byte_sums)[step * STEP + t]; // a lane sees to the offsets of one run
+        int upper[2] = {0, 0}, lower[2] = {0, 0};
+        float of_step[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < STEP; i++) {
+            const Bytes a = bytes_of<BITS, SCALES>(stage, i, lane);
+            const u32 word = scales_word<BITS, SCALES>(stage, i, false, g);
+            const uint4 q = b[4 * i];
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                const u32 first = a.of[row][0], second = a.of[row][1];
+                if (SCALES == HALVES) {
+                    const int by = whole_of<SCALES>(word, row), by_2 = whole_of<SCALES>(word, 2 + row);
+                    upper[row] += dot4(first, q.x, 0) * by + dot4(second, q.y, 0) * by_2;
+                    lower[row] += dot4(first, q.z, 0) * by + dot4(second, q.w, 0) * by_2;
+                    continue;
+                }
+                const int high = dot4(second, q.y, dot4(first, q.x, 0)), low = dot4(second, q.w, dot4(first, q.z, 0));
+                if (SCALES == SUPER) {
+                    const int by = whole_of<SCALES>(word, row);
+                    upper[row] += high * by, lower[row] += low * by;
+                } else {
+                    of_step[row] = fmaf((float)(high * 128 + low), half_of(word, row), of_step[row]);
+                }
+            }
+        }
+        uint2 super = {0, 0};
+        if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, 0, 0, g);
+        const u32 word = scales_word<BITS, SCALES>(stage, t, true, g);
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            if (SCALES >= SUPER) of_step[row] = fmaf((float)upper[row], 128.0f, (float)lower[row]) * half_of(super.x, row);
+            sums[0][2 * row] = fmaf(of_step[row] + offset_over(word, super, of_run, row), scale, sums[0][2 * row]);
+        }
+    }
+
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply_any(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x,
+                                           u32 step, u32 begin, u32 end, u32, u32, u32 lane) {
+        const u32 g = lane / 4, t = lane % 4, first_run = (w.first_run + step * STEP) % 8;
+        const float scale = x.byte_scales[step];
+#pragma unroll
+        for (int i = 0; i < STEP; i++) {
+            const u32 run = step * STEP + i;
+            if (run < begin || run >= end) continue;
+            const Bytes a = bytes_of<BITS, SCALES>(stage, i, lane);
+            const u32 word = scales_word<BITS, SCALES>(stage, i, false, g), of_min = scales_word<BITS, SCALES>(stage, i, true, g);
+            const uint4 q = x.bytes[(u64)run * 4 + t];
+            uint2 super = {0, 0};
+            if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, first_run, i, g);
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                const float first = (float)(dot4(a.of[row][0], q.x, 0) * 128 + dot4(a.of[row][0], q.z, 0));
+                const float second = (float)(dot4(a.of[row][1], q.y, 0) * 128 + dot4(a.of[row][1], q.w, 0));
+                const Factors factors = factors_of<SCALES>(word);
+                float sum = fmaf(first, factors.first[row], second * (SCALES == HALVES ? factors.second[row] : factors.first[row]));
+                if (SCALES >= SUPER) sum *= half_of(super.x, row);
+                // One lane of the four sees to the offsets.
+                if (t == 0) sum += offset_over(of_min, super, ((const float2*)x.byte_sums)[run], row);
+                sums[0][2 * row] = fmaf(sum, scale, sums[0][2 * row]);
+            }
+        }
     }
 };
 
@@ -418,12 +574,16 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
 
 #define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_8(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
-        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, parts, n_tokens);                                 \
+    linear_##FORMAT##_1(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
+        stream<OfDots<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                             \
+    }                                                                                                                  \
+    KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
+    linear_##FORMAT##_8(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
+        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
     }                                                                                                                  \
     KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                         \
-    linear_##FORMAT##_32(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                             \
-        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, parts, n_tokens);                                \
+    linear_##FORMAT##_32(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {              \
+        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, normed, parts, n_tokens);                        \
     }                                                                                                                  \
     KERNEL(PACK_THREADS)                                                                                               \
     to_bf16_##FORMAT(Quantised w, u16* out, u32 first_tile) {                                                          \

@@ -21,8 +21,10 @@
 #else
 #define MANY_BLOCKS 2
 #endif
-// Sixteen bytes that a warp's ring has; at least two steps of any format fit.
-#define RING 288
+// Sixteen bytes that a warp's ring has: three steps of any format.
+#define RING 408
+// Steps of a row that a warp keeps while it norms.
+#define NORMED_STEPS 3
 
 #define MOST_MATRICES 3
 
@@ -34,6 +36,14 @@ struct Several {
     float* outs[MOST_MATRICES]; // [part][token][row] each
     u32 first_tiles[MOST_MATRICES];
     u32 n_tiles;
+    u32 adds; // whether what is in `outs` is to be added to
+};
+
+// One token's row, of which activations are to be made by every block for itself: row / rms(row) * weight. No row: they are
+// made already.
+struct Normed {
+    const float *row, *weight;
+    float eps;
 };
 
 // The matrix that a tile is of, and where it goes. (An index would put all of them into local memory.)
@@ -51,49 +61,125 @@ DEVICE Chosen<Matrix> choose(const Several<Matrix>& all, u32 tile) {
     return {all.of[0], all.outs[0], tile};
 }
 
-// The sums of a block's warps, added in order, to out[part][token][row]. `sums` lie as products of tensor cores do. `place` is
-// shared: [warp][token of eight][row].
+// Waits for the row, then makes its activations in `place`, which is shared. Grid and `to` are of one token; all threads of
+// the block are here.
+template <class Of, int WARPS>
+DEVICE Made norm_here(const Normed& normed, const Made& to, float* place) {
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_fours = to.columns / 4;
+    float4 weights[NORMED_STEPS], kept[NORMED_STEPS];
+#pragma unroll
+    for (int i = 0; i < NORMED_STEPS; i++) {
+        const u32 at = (i * WARPS + warp) * 32 + lane;
+        if (at < n_fours) weights[i] = ((const float4*)normed.weight)[at];
+    }
+    depend();
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORMED_STEPS; i++) {
+        const u32 at = (i * WARPS + warp) * 32 + lane;
+        kept[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (at < n_fours) kept[i] = ((const float4*)normed.row)[at];
+        const float4 v = kept[i];
+        square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, square))));
+    }
+    const Made made = Of::made_at(to, place + WARPS);
+    const float scale = 1.0f / sqrtf(block_sum(square, place) / (float)to.columns + normed.eps);
+#pragma unroll
+    for (int i = 0; i < NORMED_STEPS; i++) {
+        const u32 step = i * WARPS + warp, at = step * 32 + lane;
+        if (step >= steps_of(to.columns)) break;
+        float4 v = kept[i];
+        const float4 w = weights[i];
+        if (at < n_fours) v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
+        make(made, 0, step, lane, v, at < n_fours);
+    }
+    block_sync();
+    return made;
+}
+
+// The sums of a block's warps, added in order of the steps that they took, to out[part][token][row]: this warp took every
+// WARPS-th from `first` on. `sums` lie as products of tensor cores do. `place` is shared: [warp][token of eight][row].
 template <int WARPS, int TOKEN_TILES>
-DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, float* out, u32 tile, u32 rows, u32 n_tokens) {
-    const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, u32 first, float* out, bool adds, u32 tile, u32 rows,
+                      u32 n_tokens) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const u32 row_of_tile = threadIdx.x % TILE_ROWS, token_of_tile = threadIdx.x / TILE_ROWS;
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; n++) {
         if ((blockIdx.y * TOKEN_TILES + n) * 8 >= n_tokens) break;
-        block_sync();
-        for (int i = 0; i < 4; i++) {
-            place[(warp * 8 + 2 * t + i % 2) * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
-        }
-        block_sync();
         const u32 row = tile * TILE_ROWS + row_of_tile;
         const u32 token = (blockIdx.y * TOKEN_TILES + n) * 8 + token_of_tile;
-        if (token_of_tile < 8 && token < n_tokens && row < rows) {
+        const bool is_mine = token_of_tile < 8 && token < n_tokens && row < rows;
+        float* to = out + ((u64)blockIdx.z * n_tokens + token) * rows + row;
+        const float before = is_mine && adds ? *to : 0.0f;
+        block_sync();
+        for (int i = 0; i < 4; i++) {
+            place[(first * 8 + 2 * t + i % 2) * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
+        }
+        block_sync();
+        if (is_mine) {
             float sum = 0.0f;
             for (int i = 0; i < WARPS; i++) sum += place[(i * 8 + token_of_tile) * TILE_ROWS + row_of_tile];
-            out[((u64)blockIdx.z * n_tokens + token) * rows + row] = sum;
+            *to = before + sum;
         }
     }
 }
 
+// What a block multiplies, once it is there: what was `given`, or its `own` of a row to be normed, which then lies in front of
+// what is left of `place`.
+template <class Of, int WARPS, int TOKEN_TILES>
+DEVICE const Made& activations_of(const Made& given, const Normed& normed, Made& own, float*& place) {
+    if constexpr (Of::TAKES_ONE && TOKEN_TILES == 1) {
+        own = given;
+        if (normed.row) {
+            own = norm_here<Of, WARPS>(normed, given, place);
+            place += WARPS + Of::made_floats(given.columns);
+        } else {
+            depend();
+        }
+        return own;
+    } else {
+        depend();
+        return given;
+    }
+}
+
+// Which steps of a block's tiles a warp takes: every WARPS-th, from another on in each tile, so that none has more than its
+// share of tiles whose steps the warps do not divide.
+template <int WARPS>
+struct Turns {
+    u32 first; // of this tile
+    u32 back;  // by how many it is another in the next
+
+    DEVICE_MEMBER void next() { first = first < back ? first + WARPS - back : first - back; }
+    // Of `n` steps.
+    DEVICE_MEMBER u32 share_of(u32 n) const { return (n + WARPS - 1 - first) / WARPS; }
+};
+
 // A block's share of a launch, of steps of one kind: IS_PLAIN if all are.
 template <class Of, int WARPS, int TOKEN_TILES, bool IS_PLAIN>
-DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x, u32 begin, u32 end, u32 n_tokens) {
+DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& given, const Normed& normed, u32 begin, u32 end,
+                         u32 n_tokens) {
     constexpr int DEPTH = RING / Of::LEN;
-    static_assert(DEPTH >= 2, "a step under way while another is multiplied");
+    static_assert(DEPTH >= 3, "two steps under way while another is multiplied");
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
-    const u32 first_step = begin / Of::RUNS + warp, end_step = (end + Of::RUNS - 1) / Of::RUNS;
-    const u32 n_steps = first_step < end_step ? (end_step - first_step + WARPS - 1) / WARPS : 0; // of a tile, for this warp
+    const u32 begin_step = begin / Of::RUNS, end_step = (end + Of::RUNS - 1) / Of::RUNS, n_steps = end_step - begin_step;
     uint4* ring = (uint4*)shared_memory() + warp * RING;
     float* place = (float*)((uint4*)shared_memory() + WARPS * RING);
     // What is fetched next.
     typename Of::template Cursor<WARPS> cursor;
+    constexpr bool TURNS = TOKEN_TILES == 1; // of more there are no registers for them
+    Turns<WARPS> turns = {warp, TURNS ? n_steps % WARPS : 0}, ahead_turns = turns;
     u32 ahead_tile = blockIdx.x, n_ahead = 0, ahead_at = 0;
     auto fetch_next = [&] {
-        if (n_ahead == 0 && ahead_tile < all.n_tiles && n_steps > 0) {
+        // A tile of whose steps none is this warp's is passed over.
+        while (n_ahead == 0 && ahead_tile < all.n_tiles) {
+            n_ahead = ahead_turns.share_of(n_steps);
             const Chosen<typename Of::Matrix> ahead = choose(all, ahead_tile);
-            cursor.begin(ahead.matrix, ahead.tile, first_step, lane);
-            n_ahead = n_steps;
+            cursor.begin(ahead.matrix, ahead.tile, begin_step + ahead_turns.first, lane);
+            ahead_turns.next();
             ahead_tile += gridDim.x;
+            if (!TURNS) break; // then it has one of each, or of none
         }
         if (n_ahead > 0) {
             cursor.fetch(ring + ahead_at, lane);
@@ -103,7 +189,9 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
         copy_commit();
     };
     for (int i = 0; i < DEPTH - 1; i++) fetch_next();
-    depend();
+    cursor.prefetch_steps(n_ahead, lane); // memory shall not rest while this waits
+    Made own;
+    const Made& x = activations_of<Of, WARPS, TOKEN_TILES>(given, normed, own, place);
     u32 at = 0;
     for (u32 index = blockIdx.x; index < all.n_tiles; index += gridDim.x) {
         const Chosen<typename Of::Matrix> chosen = choose(all, index);
@@ -114,7 +202,7 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
             for (int i = 0; i < 4; i++) sums[n][i] = 0.0f;
         }
 #pragma unroll 1
-        for (u32 step = first_step; step < end_step; step += WARPS) {
+        for (u32 step = begin_step + turns.first; step < end_step; step += WARPS) {
             copy_wait<DEPTH - 2>();
             warp_sync(); // all lanes' copies are there, and the step before was read
             fetch_next();
@@ -126,11 +214,13 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
             }
             at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
+        Of::finish(sums[0]);
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
             for (int i = 0; i < 4; i++) sums[n][i] *= i / 2 ? scales.y : scales.x;
         }
-        add_warps<WARPS, TOKEN_TILES>(sums, place, chosen.out, chosen.tile, chosen.matrix.rows, n_tokens);
+        add_warps<WARPS, TOKEN_TILES>(sums, place, turns.first, chosen.out, all.adds, chosen.tile, chosen.matrix.rows, n_tokens);
+        turns.next();
     }
 }
 
@@ -138,14 +228,17 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& x,
 // that share the tiles, tokens, parts. `parts`: where the runs of each part begin, and where the last ends. Shared: a ring a
 // warp, then what `add_warps` takes.
 //
-// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, how it is
-// multiplied, and what a sum of rows g and g + 8 is multiplied with at last. All matrices have the same columns.
+// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it (and asks for
+// up to so many of the steps that follow), how it is
+// multiplied, what is left to do for the sums of a tile, and what a sum of rows g and g + 8 is multiplied with at last; if it
+// TAKES_ONE token that is to be normed, where the activations that it takes lie in shared memory, and how many floats they
+// are. All matrices have the same columns.
 template <class Of, int WARPS, int TOKEN_TILES>
-DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const u32* parts, u32 n_tokens) {
+DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const Normed& normed, const u32* parts, u32 n_tokens) {
     const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];
     if (Of::is_plain(all.of[0], begin, end)) {
-        stream_steps<Of, WARPS, TOKEN_TILES, true>(all, x, begin, end, n_tokens);
+        stream_steps<Of, WARPS, TOKEN_TILES, true>(all, x, normed, begin, end, n_tokens);
     } else {
-        stream_steps<Of, WARPS, TOKEN_TILES, false>(all, x, begin, end, n_tokens);
+        stream_steps<Of, WARPS, TOKEN_TILES, false>(all, x, normed, begin, end, n_tokens);
     }
 }

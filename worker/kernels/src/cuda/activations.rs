@@ -10,7 +10,7 @@ use super::{Device, Error, View, kernels};
 use crate::quant::blocks::RUN;
 
 /// Columns that share a scale.
-const STEP_COLUMNS: usize = STEP * RUN;
+pub(super) const STEP_COLUMNS: usize = STEP * RUN;
 /// Tokens of a tensor core's tile.
 pub(super) const TOKEN_TILE: usize = 8;
 /// Columns that a block of threads makes at a time.
@@ -26,6 +26,10 @@ pub struct Activations {
     pub(super) totals: Buffer<u32>, // [half a run][padded tokens]
     pub(super) first: Buffer<u16>,  // [token][columns], bf16
     pub(super) second: Buffer<u16>, // the same: what `first` lost
+    // Of one token, as bytes: [columns, padded to whole steps, two each], [step], [half a run].
+    pub(super) bytes: Buffer<u32>,
+    pub(super) byte_scales: Buffer<f32>,
+    pub(super) byte_sums: Buffer<f32>,
 }
 
 impl Activations {
@@ -44,6 +48,9 @@ impl Activations {
             totals: device.buffer(n_steps * STEP_COLUMNS / RUN * 2 * padded)?,
             first: device.buffer(n)?,
             second: device.buffer(n)?,
+            bytes: device.buffer(n_steps * STEP_COLUMNS / 2)?,
+            byte_scales: device.buffer(n_steps)?,
+            byte_sums: device.buffer(n_steps * STEP_COLUMNS / RUN * 2)?,
         };
         // What lies beyond the columns of a last step meets weights of zero, so it must be a number.
         all.halves.clear()?;
@@ -55,6 +62,7 @@ impl Activations {
 /// Which forms of activations somebody reads.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Forms {
+    pub(super) bytes: bool,
     pub(super) halves: bool,
     pub(super) first: bool,
     pub(super) second: bool,
@@ -63,11 +71,13 @@ pub struct Forms {
 
 impl Forms {
     /// Rows in f32, and nothing else.
-    pub const PLAIN: Self = Self { halves: false, first: false, second: false, plain: true };
+    pub const PLAIN: Self =
+        Self { bytes: false, halves: false, first: false, second: false, plain: true };
 
     /// Whether all of `others` are among these.
     pub(super) fn has(self, others: Self) -> bool {
-        let list = |forms: Self| [forms.halves, forms.first, forms.second, forms.plain];
+        let list =
+            |forms: Self| [forms.bytes, forms.halves, forms.first, forms.second, forms.plain];
         list(self).iter().zip(list(others)).all(|(&has, wants)| has || !wants)
     }
 
@@ -81,6 +91,7 @@ impl Forms {
         let mut forms = Self::default();
         for matrix in matrices {
             match route(matrix, n_tokens, device) {
+                Route::Bytes(..) => forms.bytes = true,
                 Route::Halves(..) => forms.halves = true,
                 Route::Dense(..) => {
                     forms.first = true;
@@ -103,10 +114,20 @@ pub struct Making<'a> {
     pub plain: &'a Buffer<f32>,
     pub columns: usize,
     pub n_tokens: usize,
+    /// What products make theirs of by themselves, instead of reading what was made.
+    pub normed: Option<Normed<'a>>,
+}
+
+/// One token's `row / rms(row) * weight`.
+#[derive(Debug, Clone, Copy)]
+pub struct Normed<'a> {
+    pub row: &'a Buffer<f32>,
+    pub weight: &'a Buffer<f32>,
+    pub eps: f32,
 }
 
 /// `Made` of the kernels.
-pub(super) struct Made([u64; 7]);
+pub(super) struct Made([u64; 10]);
 
 impl Words for Made {
     fn words(&self) -> &[u64] {
@@ -124,10 +145,11 @@ impl Making<'_> {
     /// # Panics
     /// If there is no room, or columns are no whole runs.
     pub(super) fn made(&self) -> Made {
-        let Self { activations, forms, plain, columns, n_tokens } = *self;
+        let Self { activations, forms, plain, columns, n_tokens, .. } = *self;
         assert!(columns.is_multiple_of(RUN), "{columns} columns are no whole runs");
         assert!(n_tokens <= activations.max_tokens && columns <= activations.max_columns);
         assert!(!forms.plain || plain.len() >= n_tokens * columns, "plain rows too few");
+        assert!(!forms.bytes || n_tokens <= 1, "bytes of one token");
         let or_null = |is_read: bool, address: u64| if is_read { address } else { 0 };
         Made([
             or_null(forms.halves, activations.halves.address()),
@@ -136,6 +158,9 @@ impl Making<'_> {
             or_null(forms.first, activations.first.address()),
             or_null(forms.second, activations.second.address()),
             or_null(forms.plain, plain.address()),
+            or_null(forms.bytes, activations.bytes.address()),
+            activations.byte_scales.address(),
+            activations.byte_sums.address(),
             columns as u64 | (n_tokens as u64) << 32,
         ])
     }

@@ -60,7 +60,7 @@ impl Cublas {
             self.plans.insert(key, plan);
         }
         let plan = &self.plans[&key];
-        let (one, zero) = (1f32, 0f32);
+        let (one, of_out) = (1f32, if gemm.adds { 1f32 } else { 0f32 });
         let [w, x, out] = plan.layouts;
         // SAFETY: descriptions that live in `plans`; the rest is the caller's promise.
         unsafe {
@@ -68,7 +68,7 @@ impl Cublas {
                 self.handle,
                 plan.product,
                 (&raw const one).cast(),
-                (&raw const zero).cast(),
+                (&raw const of_out).cast(),
                 gemm.w as *const c_void,
                 w,
                 gemm.x as *const c_void,

@@ -86,6 +86,8 @@ pub(super) struct Gemm {
     pub(super) w_stride: usize,
     pub(super) x_stride: usize,
     pub(super) out_stride: usize,
+    /// Whether to what is in `out`.
+    pub(super) adds: bool,
 }
 
 /// Work that was recorded; its memory must outlive it.

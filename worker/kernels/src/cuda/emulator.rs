@@ -193,7 +193,7 @@ impl State {
     }
 
     fn multiply(&self, gemm: &Gemm) {
-        let Gemm { w, x, out, rows, tokens, columns, w_stride, x_stride, out_stride } = *gemm;
+        let Gemm { w, x, out, rows, tokens, columns, w_stride, x_stride, out_stride, adds } = *gemm;
         for (matrix, n, stride) in [(w, rows, w_stride), (x, tokens, x_stride)] {
             self.find(matrix, 2 * (n.saturating_sub(1) * stride + columns));
         }
@@ -208,7 +208,8 @@ impl State {
                 let product = |k| number(x, token * x_stride + k) * number(w, row * w_stride + k);
                 let sum: f32 = (0..columns).map(product).sum();
                 // SAFETY: as above.
-                unsafe { *(out as *mut f32).add(token * out_stride + row) = sum };
+                let to = unsafe { &mut *(out as *mut f32).add(token * out_stride + row) };
+                *to = if adds { *to + sum } else { sum };
             }
         }
     }

@@ -48,15 +48,20 @@ pub(super) struct OfFormat {
 /// What multiplies with weights of a format.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Linear {
-    /// Tensor cores: a block takes 8 tokens, or 32. `to_bf16`: what is not bf16 already, for many.
-    Tiles { few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
+    /// Tiles of rows. `one` token of integers; tensor cores: a block takes 8 tokens, or 32. `to_bf16`: what
+    /// is not bf16 already, for many.
+    Tiles { one: Option<Kernel>, few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
     /// A warp takes a row and a token.
     Plain(Kernel),
 }
 
 macro_rules! of_format {
     ($name:literal) => {
-        of_format!($name, Some(kernel(concat!("to_bf16_", $name), PACK_THREADS as u32)))
+        of_format!(
+            $name,
+            Some(kernel(concat!("linear_", $name, "_1"), FEW_THREADS as u32)),
+            Some(kernel(concat!("to_bf16_", $name), PACK_THREADS as u32))
+        )
     };
     ($name:literal, plain) => {
         OfFormat {
@@ -64,10 +69,11 @@ macro_rules! of_format {
             linear: Linear::Plain(kernel(concat!("linear_", $name), PACK_THREADS as u32)),
         }
     };
-    ($name:literal, $to_bf16:expr) => {
+    ($name:literal, $one:expr, $to_bf16:expr) => {
         OfFormat {
             embed: Some(kernel(concat!("embed_", $name), PACK_THREADS as u32)),
             linear: Linear::Tiles {
+                one: $one,
                 few: kernel(concat!("linear_", $name, "_8"), FEW_THREADS as u32),
                 many: kernel(concat!("linear_", $name, "_32"), MANY_THREADS as u32),
                 to_bf16: $to_bf16,
@@ -80,7 +86,7 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
     match format {
         Format::F32 => of_format!("f32", plain),
         Format::F16 => of_format!("f16", plain),
-        Format::Bf16 => of_format!("bf16", None),
+        Format::Bf16 => of_format!("bf16", None, None),
         Format::Q4_0 => of_format!("q4_0"),
         Format::Q4_1 => of_format!("q4_1"),
         Format::Q5_0 => of_format!("q5_0"),
@@ -89,7 +95,10 @@ pub(super) const fn of_format(format: Format) -> OfFormat {
         Format::Q4K => of_format!("q4_k"),
         Format::Q5K => of_format!("q5_k"),
         Format::Q6K => of_format!("q6_k"),
-        Format::Fp8 => OfFormat { embed: None, ..of_format!("fp8") },
+        Format::Fp8 => {
+            let to_bf16 = kernel("to_bf16_fp8", PACK_THREADS as u32);
+            OfFormat { embed: None, ..of_format!("fp8", None, Some(to_bf16)) }
+        }
     }
 }
 
@@ -114,8 +123,8 @@ pub(super) fn all(shape: Shape) -> Vec<Kernel> {
         let OfFormat { embed, linear } = of_format(format);
         all.extend(embed);
         match linear {
-            Linear::Tiles { few, many, to_bf16 } => {
-                all.extend([few, many].into_iter().chain(to_bf16))
+            Linear::Tiles { one, few, many, to_bf16 } => {
+                all.extend([few, many].into_iter().chain(one).chain(to_bf16))
             }
             Linear::Plain(kernel) => all.push(kernel),
         }

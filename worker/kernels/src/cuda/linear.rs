@@ -1,6 +1,6 @@
 //! Multiplying activations with weights, and looking up rows of a table.
 
-use super::activations::{self, Activations, Forms, Making, TOKEN_TILE};
+use super::activations::{self, Activations, Forms, Making, Normed, STEP_COLUMNS, TOKEN_TILE};
 use super::device::Gemm;
 use super::kernels::{self, FEW_THREADS, Linear, MANY_THREADS, PACK_THREADS, PACK_WARPS};
 use super::launch::{Arguments, Geometry, Kernel, Words};
@@ -9,6 +9,7 @@ use super::memory::Buffer;
 use super::rows::{assert_together, launch};
 use super::{Device, Error, View};
 use crate::matrix::TILE_ROWS;
+use crate::quant::Format;
 use crate::quant::blocks::RUN;
 
 /// Up to so many tokens a block takes one tile of tokens, beyond four.
@@ -19,11 +20,13 @@ const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 const MOST_DENSE_TOKENS: usize = 8;
 const MOST_OTHER_TOKENS: usize = 48;
 /// Floats of a warp's ring, and of a step at most: of eight bits (`stream.cu`, `quantised.cu`).
-const RING: usize = 4 * 288;
+const RING: usize = 4 * 408;
 const STAGE: usize = 4 * 136;
 /// Blocks that a multiprocessor has room for, of few tokens and of many.
 const FEW_BLOCKS: usize = 2;
 const MANY_BLOCKS: usize = 2;
+/// Steps of a row that a warp norms at most (`stream.cu`).
+const NORMED_STEPS: usize = 3;
 /// Matrices that one launch takes.
 const MOST_MATRICES: usize = 3;
 
@@ -75,11 +78,15 @@ pub struct Projection<'a> {
     pub parts: &'a Parts,
     /// `[parts, tokens, weight.rows()]`
     pub out: &'a Buffer<f32>,
+    /// Whether the product is added to what `out` holds; of one part only.
+    pub adds: bool,
 }
 
 /// Which kernel multiplies.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
+    /// Bytes of weights with bytes of activations, one token.
+    Bytes(Kernel),
     /// Tensor cores, activations in f16, integer weights or those of FP8 as they are.
     Halves(Kernel),
     /// Tensor cores, weights of bf16 and activations in two.
@@ -96,6 +103,9 @@ pub(super) fn route(matrix: &Matrix, n_tokens: usize, device: &Device) -> Route 
     match (&matrix.weights, kernels::of_format(matrix.format).linear) {
         (Weights::Quantised(_) | Weights::Fp8(_), _) if is_many(MOST_OTHER_TOKENS) => Route::Gemm,
         (Weights::Halves(_), Linear::Tiles { .. }) if is_many(MOST_DENSE_TOKENS) => Route::Gemm,
+        (Weights::Quantised(_), Linear::Tiles { one: Some(one), .. }) if n_tokens == 1 => {
+            Route::Bytes(one)
+        }
         (Weights::Quantised(_) | Weights::Fp8(_), Linear::Tiles { few, many, .. }) => {
             Route::Halves(of(few, many))
         }
@@ -152,11 +162,43 @@ pub fn linear(
 ) -> Result<(), Error> {
     let weights = projections.iter().map(|one| one.weight);
     let forms = Forms::read_by(weights, n_tokens, input.device());
-    let made = Making { activations, forms, plain: input, columns, n_tokens };
+    let made = Making { activations, forms, plain: input, columns, n_tokens, normed: None };
     if forms != Forms::PLAIN {
         activations::plain(input, None, made.without_plain())?;
     }
     multiply(made, scratch, projections)
+}
+
+/// Whether products of so many tokens with all of these weights can norm their input by themselves.
+#[must_use]
+pub fn takes_normed<'a>(
+    weights: impl IntoIterator<Item = &'a Matrix>,
+    n_tokens: usize,
+    device: &Device,
+) -> bool {
+    let takes = |weight: &Matrix| {
+        let is_for_one = match route(weight, n_tokens, device) {
+            Route::Bytes(_) | Route::Dense(_) => true,
+            Route::Halves(_) => weight.format == Format::Fp8,
+            Route::Gemm | Route::Plain(_) => false,
+        };
+        let n_steps = weight.columns.div_ceil(STEP_COLUMNS);
+        let most = Geometry::MOST_SHARED / 4 - shared_floats(FEW_THREADS / 32);
+        is_for_one
+            && n_steps <= NORMED_STEPS * FEW_THREADS / 32
+            && normed_floats(weight.columns) <= most
+    };
+    n_tokens == 1 && weights.into_iter().all(takes)
+}
+
+/// What a block shares of a ring a warp, and for adding up what the warps have.
+const fn shared_floats(n_warps: usize) -> usize {
+    n_warps * (RING + TOKEN_TILE * TILE_ROWS)
+}
+
+/// What a block that norms shares beside it, at most: of bf16, two numbers a column.
+const fn normed_floats(columns: usize) -> usize {
+    FEW_THREADS / 32 + columns.next_multiple_of(STEP_COLUMNS)
 }
 
 /// As [`linear`], of activations that were made.
@@ -174,23 +216,32 @@ pub fn multiply(
     let Making { plain: input, columns, n_tokens, .. } = made;
     let device = input.device();
     for projection in projections {
-        let Projection { weight, parts, out } = *projection;
+        let Projection { weight, parts, out, adds } = *projection;
+        assert!(!adds || parts.len() == 1, "sums of parts that are added to");
         assert_eq!(weight.columns, columns, "weights of other columns");
         assert!(parts.n_columns() <= columns, "parts beyond the columns");
         assert!(out.len() >= parts.len() * n_tokens * weight.rows, "an output too small");
         assert_together(out, input);
     }
-    let forms = Forms::read_by(projections.iter().map(|one| one.weight), n_tokens, device);
-    assert!(made.forms.has(forms), "activations of other forms");
+    let weights = || projections.iter().map(|one| one.weight);
+    if let Some(normed) = made.normed {
+        assert!(takes_normed(weights(), n_tokens, device), "weights that take nothing to norm");
+        assert!(normed.row.len() >= columns && normed.weight.len() == columns);
+        assert_together(normed.row, input);
+    } else {
+        let forms = Forms::read_by(weights(), n_tokens, device);
+        assert!(made.forms.has(forms), "activations of other forms");
+    }
     let mut rest = if n_tokens == 0 { &[][..] } else { projections };
     while let Some(first) = rest.first() {
         let kernel = route(first.weight, n_tokens, device);
         let goes_along = |one: &&Projection<'_>| {
-            one.weight.format == first.weight.format && std::ptr::eq(one.parts, first.parts)
+            let is_alike = one.weight.format == first.weight.format && one.adds == first.adds;
+            is_alike && std::ptr::eq(one.parts, first.parts)
         };
         let n_alike = rest.iter().take(MOST_MATRICES).take_while(goes_along).count();
         let n = match kernel {
-            Route::Halves(kernel) | Route::Dense(kernel) => {
+            Route::Bytes(kernel) | Route::Halves(kernel) | Route::Dense(kernel) => {
                 tiles(made, kernel, &rest[..n_alike])?;
                 n_alike
             }
@@ -208,10 +259,10 @@ pub fn multiply(
     Ok(())
 }
 
-/// `Several` of the kernels: of each matrix up to six words, where it goes, and half a word for the
-/// tiles' beginnings and number.
+/// `Several` of the kernels: of each matrix up to six words, where it goes, half a word for the tiles'
+/// beginnings and number, and whether they add.
 struct Several {
-    words: [u64; MOST_MATRICES * 7 + 2],
+    words: [u64; MOST_MATRICES * 7 + 3],
     n: usize,
     n_tiles: usize,
 }
@@ -224,7 +275,7 @@ impl Words for Several {
 
 impl Several {
     fn of(projections: &[Projection<'_>]) -> Self {
-        let mut several = Self { words: [0; MOST_MATRICES * 7 + 2], n: 0, n_tiles: 0 };
+        let mut several = Self { words: [0; MOST_MATRICES * 7 + 3], n: 0, n_tiles: 0 };
         let (mut firsts, mut width) = ([u32::MAX; MOST_MATRICES + 1], 0);
         for (i, projection) in projections.iter().enumerate() {
             let Matrix { rows, columns, weights, .. } = projection.weight;
@@ -251,24 +302,42 @@ impl Several {
         for (to, two) in outs[MOST_MATRICES..].iter_mut().zip(firsts.as_chunks::<2>().0) {
             *to = u64::from(two[0]) | u64::from(two[1]) << 32;
         }
-        several.n = MOST_MATRICES * (width + 1) + 2;
+        several.n = MOST_MATRICES * (width + 1) + 3;
+        several.words[several.n - 1] = projections[0].adds.into();
         several
+    }
+}
+
+/// `Normed` of the kernels: nothing, or a row, its weights, and the number that keeps zeros finite.
+struct NormedWords([u64; 3]);
+
+impl Words for NormedWords {
+    fn words(&self) -> &[u64] {
+        &self.0
     }
 }
 
 /// Matrices of one format and the same parts.
 fn tiles(made: Making<'_>, kernel: Kernel, projections: &[Projection<'_>]) -> Result<(), Error> {
     let (several, parts) = (Several::of(projections), projections[0].parts);
+    let normed = made.normed.map_or([0; 3], |Normed { row, weight, eps }| {
+        [row.address(), weight.address(), eps.to_bits().into()]
+    });
     let arguments = Arguments::new()
         .structure(&several)
         .structure(&made.made())
+        .structure(&NormedWords(normed))
         .memory(&parts.on_device)
         .number(made.n_tokens);
     let device = projections[0].out.device();
     let n_multiprocessors = device.driver().n_multiprocessors();
-    let geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_multiprocessors);
+    let mut geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_multiprocessors);
+    if made.normed.is_some() {
+        let n_floats = shared_floats(FEW_THREADS / 32) + normed_floats(made.columns);
+        geometry = geometry.shared_floats(n_floats);
+    }
     // SAFETY: planes of the weights' own shapes, rows of bf16 padded to whole tiles; activations of
-    // their columns, made; outputs of the asserted sizes.
+    // their columns, made or to be made of a row of them; outputs of the asserted sizes.
     unsafe { launch(device, kernel, geometry, arguments) }
 }
 
@@ -286,11 +355,11 @@ fn tile_grid(
     let n_groups = n_tokens.div_ceil(of_block);
     let n_sharing = (n_blocks * n_multiprocessors).div_ceil((n_groups * n_parts).max(1));
     let geometry = Geometry::new(n_tiles.min(n_sharing), n_groups, n_parts);
-    geometry.shared_floats(n_threads / 32 * (RING + TOKEN_TILE * TILE_ROWS))
+    geometry.shared_floats(shared_floats(n_threads / 32))
 }
 
 fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result<(), Error> {
-    let Projection { weight, parts, out } = projection;
+    let Projection { weight, parts, out, adds } = projection;
     let arguments = match &weight.weights {
         Weights::Halves(numbers) => Arguments::new().memory(numbers),
         Weights::Floats(numbers) => Arguments::new().memory(numbers),
@@ -302,7 +371,8 @@ fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result
         .memory(out)
         .number(weight.rows)
         .number(weight.columns)
-        .number(made.n_tokens);
+        .number(made.n_tokens)
+        .number(adds.into());
     let geometry = Geometry::new(weight.rows.div_ceil(PACK_WARPS), made.n_tokens, parts.len());
     // SAFETY: `[rows, columns]` of the kernel's number; an input and an output as asserted.
     unsafe { launch(out.device(), kernel, geometry, arguments) }
@@ -358,7 +428,7 @@ fn gemm(
     rows: std::ops::Range<usize>,
     projection: Projection<'_>,
 ) -> Result<(), Error> {
-    let Projection { weight, parts, out } = projection;
+    let Projection { weight, parts, out, adds } = projection;
     for (part, bounds) in parts.bounds.windows(2).enumerate() {
         let first = (2 * bounds[0] * RUN) as u64;
         let gemm = Gemm {
@@ -371,6 +441,7 @@ fn gemm(
             w_stride: weight.columns,
             x_stride: weight.columns,
             out_stride: weight.rows,
+            adds,
         };
         if !rows.is_empty() {
             // SAFETY: columns of the part within rows of both; an output as asserted.
@@ -438,7 +509,7 @@ mod tests {
         ] {
             let geometry = tile_grid(n_tiles, n_tokens, n_parts, 132);
             assert_eq!(geometry.grid, grid, "{n_tiles} {n_tokens} {n_parts}");
-            assert_eq!(geometry.shared_bytes, n_warps * (288 * 16 + 8 * 16 * 4));
+            assert_eq!(geometry.shared_bytes, n_warps * (408 * 16 + 8 * 16 * 4));
         }
     }
 }

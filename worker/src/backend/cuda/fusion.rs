@@ -1,5 +1,6 @@
-//! What of a program need not be done, or not apart (pure): sums of one part, which are the part; and
-//! activations that only the next product reads, which are made as it takes them.
+//! What of a program need not be done, or not apart (pure): sums of one part, which are the part, or are
+//! added where they belong; and activations that only the next product reads, which are made as it
+//! takes them.
 
 use crate::model::program::{BufferId, Op, Program};
 
@@ -22,9 +23,28 @@ pub(super) fn places(program: &Program) -> Vec<usize> {
     places
 }
 
-/// By op that makes activations: the linear op right behind it, if it alone reads them.
-pub(super) fn feeds(program: &Program) -> Vec<Option<usize>> {
-    let reads = |op: &Op, id: BufferId| match op {
+/// By op, where one part is all of a sum that the next norm adds to the residual: that residual. A rank
+/// alone may add the product to it at once, and then there is no sum, and nothing for the norm to add.
+pub(super) fn residuals(program: &Program) -> Vec<Option<BufferId>> {
+    let of = |(at, op): (usize, &Op)| {
+        let Op::LinearParts { out: made, .. } = op else { return None };
+        let [Op::AllReduce { parts, out, .. }, norm, rest @ ..] = program.ops.get(at + 1..)? else {
+            return None;
+        };
+        let Op::Norm { residual, delta: Some(delta), .. } = norm else { return None };
+        let [part, sum, to] = [parts, out, residual].map(|id| &program.buffers[id.0]);
+        let is_one = part.n_parts == 1 && part.columns == sum.columns && sum.columns == to.columns;
+        let mut until_made_again = rest
+            .iter()
+            .take_while(|op| !matches!(op, Op::AllReduce { out: made, .. } if made == out));
+        let is_alone = !until_made_again.any(|op| reads(op, *out));
+        (is_one && made == parts && delta == out && is_alone).then_some(*residual)
+    };
+    program.ops.iter().enumerate().map(of).collect()
+}
+
+fn reads(op: &Op, id: BufferId) -> bool {
+    match op {
         Op::Embed { .. } => false,
         Op::Norm { residual, delta, .. } => *residual == id || *delta == Some(id),
         Op::Linear { input, .. } | Op::LinearParts { input, .. } | Op::Head { input, .. } => {
@@ -34,7 +54,11 @@ pub(super) fn feeds(program: &Program) -> Vec<Option<usize>> {
         Op::Attention { q, .. } => *q == id,
         Op::SiluGate { gate, up, .. } => *gate == id || *up == id,
         Op::AllReduce { parts, .. } => *parts == id,
-    };
+    }
+}
+
+/// By op that makes activations: the linear op right behind it, if it alone reads them.
+pub(super) fn feeds(program: &Program) -> Vec<Option<usize>> {
     let makes = |op: &Op| match op {
         Op::Norm { out, .. } | Op::Attention { out, .. } | Op::SiluGate { out, .. } => Some(*out),
         _ => None,
@@ -84,6 +108,26 @@ mod tests {
         let up = program.buffer("up", 1, program.buffers[out.0].columns);
         program.ops.insert(at + 2, Op::SiluGate { gate: out, up, out: up });
         assert_eq!(feeds(&program)[at], None);
+    }
+
+    #[test]
+    fn a_rank_alone_adds_its_products_to_the_residual() {
+        let alone = program(&[1]);
+        for (at, (op, to)) in alone.ops.iter().zip(residuals(&alone)).enumerate() {
+            let norm = match alone.ops.get(at + 2) {
+                Some(Op::Norm { residual, .. }) => Some(*residual),
+                _ => None,
+            };
+            assert_eq!(to, norm.filter(|_| matches!(op, Op::LinearParts { .. })), "op {at}");
+        }
+        let mut read = program(&[1]);
+        let at = read.ops.iter().position(|op| matches!(op, Op::AllReduce { .. })).unwrap_or(0);
+        let sums = residuals(&read);
+        let first = sums.iter().position(Option::is_some).unwrap_or_else(|| panic!("a sum"));
+        assert!(at <= first + 1);
+        let Op::AllReduce { out, .. } = read.ops[first + 1] else { panic!("its sum") };
+        read.ops.insert(first + 4, Op::SiluGate { gate: out, up: out, out });
+        assert_eq!(residuals(&read)[first], None, "somebody else reads it");
     }
 
     #[test]

@@ -52,8 +52,9 @@ pub(super) struct Rank {
     pub(super) prepared: Vec<Prepared>,
     /// By op: the linear op behind it that alone reads what it makes.
     pub(super) feeds: Vec<Option<usize>>,
-    /// Whether attention may be merged to what products take.
-    pub(super) merges_to_halves: bool,
+    /// By op: the residual that a rank alone adds its product to.
+    pub(super) residuals: Vec<Option<BufferId>>,
+    pub(super) shape: Shape,
     pub(super) scratch: Scratch,
     pub(super) angles: Angles,
     plan: Plan,
@@ -167,7 +168,12 @@ impl Rank {
             activations: Activations::new(&device, bounds.max_tokens.max(max_samples), widest)?,
             attended: match n_heads {
                 0 => None,
-                n => Some(attention::Parts::new(&device, bounds.max_items, n, shape.head_dim)?),
+                n => Some(attention::Parts::new(
+                    &device,
+                    [bounds.max_tokens, bounds.max_items],
+                    [n, program.n_kv_heads],
+                    shape.head_dim,
+                )?),
             },
             linear: linear::Scratch::new(&device, widest)?,
             sampled: device.buffer(max_samples * widest)?,
@@ -186,7 +192,8 @@ impl Rank {
             caches,
             prepared,
             feeds: fusion::feeds(program),
-            merges_to_halves: shape.kv_format == KvFormat::F16,
+            residuals: fusion::residuals(program),
+            shape,
             scratch,
             angles,
             plan: Plan::default(),
@@ -238,7 +245,7 @@ impl Rank {
         mut sums: Option<&mut Sums<'_>>,
     ) -> Result<(), Error> {
         let choice = if pads { self.graphs.choose(sizes) } else { Choice::Run };
-        let step = Step { rank: self, sizes, layout, n_tables };
+        let step = Step { rank: self, sizes, layout, n_tables, is_alone: sums.is_none() };
         match choice {
             Choice::Run => step.run(false, sums.as_deref_mut())?,
             Choice::Record => {
@@ -278,7 +285,7 @@ impl Backend for Rank {
             return ran;
         }
         let mut on_host = std::mem::take(&mut self.on_host);
-        let step = Step { rank: self, sizes, layout, n_tables };
+        let step = Step { rank: self, sizes, layout, n_tables, is_alone: false };
         let ran = step.run_over_hosts(batch.step, collective, &mut on_host);
         self.on_host = on_host;
         ran
@@ -324,7 +331,7 @@ impl Backend for Rank {
         let (sizes, layout) = self.plan.make(batch, &self.bounds, false);
         self.scratch.words.upload(0, &self.plan.words)?;
         let n_tables = batch.block_tables.len();
-        Ok(Step { rank: self, sizes, layout, n_tables }.time()?)
+        Ok(Step { rank: self, sizes, layout, n_tables, is_alone: true }.time()?)
     }
 
     fn copy_block(&mut self, from: u32, to: u32) {

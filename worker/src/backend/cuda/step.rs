@@ -3,15 +3,16 @@
 use std::time::{Duration, Instant};
 
 use evener_collective::{Collective, Tag};
-use evener_kernels::cuda::activations::{self, Forms, Making};
-use evener_kernels::cuda::attention::{self, Queries, Rows, WORDS};
+use evener_kernels::cuda::activations::{self, Forms, Making, Normed};
+use evener_kernels::cuda::attention::{self, Queries, Rows, Unturned, WORDS};
 use evener_kernels::cuda::linear::{self, Projection, embed};
+use evener_kernels::cuda::matrix::Matrix;
 use evener_kernels::cuda::{Error as DeviceError, rows};
 
 use super::plan::{Layout, Sizes};
 use super::rank::{Prepared, Rank};
 use super::sums::Sums;
-use crate::backend::Error;
+use crate::backend::{Error, KvFormat};
 use crate::model::program::{BufferId, Op};
 
 /// How often an op is launched to be timed: its time, not that of a launch, shall count.
@@ -24,6 +25,8 @@ pub(super) struct Step<'a> {
     pub(super) layout: Layout,
     /// Blocks in the step's tables.
     pub(super) n_tables: usize,
+    /// Whether there are no other ranks to meet.
+    pub(super) is_alone: bool,
 }
 
 impl Step<'_> {
@@ -61,6 +64,9 @@ impl Step<'_> {
                 self.launch(index, op)?;
                 continue;
             };
+            if index > 0 && self.residual(index - 1).is_some() {
+                continue; // added already
+            }
             let [from, to] = [parts, out].map(|&id| self.rank.buffer(id));
             let n = self.len(*out);
             if !std::ptr::eq(from, to) {
@@ -85,6 +91,9 @@ impl Step<'_> {
         let mut times = Vec::new();
         for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
             let Some(label) = self.label(op) else { continue };
+            if self.normed(index).is_some() || self.turns_with_attention(index) {
+                continue; // in the time of the op behind it
+            }
             self.launch(index, op)?;
             device.synchronise()?;
             let began = Instant::now();
@@ -126,12 +135,18 @@ impl Step<'_> {
                 embed(weights.matrix(*table), first_row, tokens, buffer(out))
             }
             Op::Norm { residual, delta, weight, eps, out } => {
-                let delta = delta.as_ref().map(buffer);
+                if self.normed(index).is_some() {
+                    return Ok(()); // by the products that read it
+                }
+                let delta = if self.is_added(index) { None } else { delta.as_ref().map(buffer) };
                 let to = self.making(index, *out);
                 activations::rms_norm(buffer(residual), delta, weights.vector(*weight), *eps, to)
             }
             Op::Linear { .. } | Op::LinearParts { .. } => self.linear(index, op),
             Op::RopeKv { q, k, v, layer, rope } => {
+                if self.turns_with_attention(index) {
+                    return Ok(());
+                }
                 let head_dim = weights.program.head_dim;
                 let n_heads = weights.columns(*q) / head_dim;
                 let cache = &self.rank.caches[*layer];
@@ -143,7 +158,7 @@ impl Step<'_> {
                     unreachable!("prepared by its op")
                 };
                 let queries = Queries { q: buffer(q), heads, scale: *scale };
-                self.attend(queries, *layer, self.making(index, *out))
+                self.attend(index, queries, *layer, self.making(index, *out))
             }
             Op::SiluGate { gate, up, out } => {
                 activations::silu_gate(buffer(gate), buffer(up), self.making(index, *out))
@@ -157,10 +172,11 @@ impl Step<'_> {
                     plain: &scratch.sampled,
                     columns,
                     n_tokens: n_samples,
+                    normed: None,
                 };
                 activations::plain(buffer(input), Some(samples), to)?;
-                let projection =
-                    Projection { weight, parts: self.parts(index), out: &scratch.logits };
+                let (parts, out) = (self.parts(index), &scratch.logits);
+                let projection = Projection { weight, parts, out, adds: false };
                 linear::multiply(to, &scratch.linear, &[projection])
             }
             Op::AllReduce { .. } => unreachable!("met by the caller"),
@@ -178,32 +194,60 @@ impl Step<'_> {
     fn making(&self, index: usize, out: BufferId) -> Making<'_> {
         let Rank { weights, scratch, feeds, device, .. } = self.rank;
         let n_tokens = self.sizes.n_tokens;
-        let forms = feeds[index].map_or(Forms::PLAIN, |fed| {
-            let read = match &weights.program.ops[fed] {
-                Op::Linear { projections, .. } => {
-                    projections.iter().map(|one| one.weight).collect()
-                }
-                Op::LinearParts { weight, .. } => vec![*weight],
-                _ => unreachable!("`feeds` names linear ops"),
-            };
-            let matrices = read.into_iter().map(|id| weights.matrix(id));
-            Forms::read_by(matrices, n_tokens, device)
-        });
+        let forms = feeds[index]
+            .map_or(Forms::PLAIN, |fed| Forms::read_by(self.matrices_of(fed), n_tokens, device));
         Making {
             activations: &scratch.activations,
             forms,
             plain: self.rank.buffer(out),
             columns: weights.columns(out),
             n_tokens,
+            normed: self.normed(index),
         }
+    }
+
+    /// The weights of a linear op.
+    fn matrices_of(&self, index: usize) -> Vec<&Matrix> {
+        let weights = &self.rank.weights;
+        match &weights.program.ops[index] {
+            Op::Linear { projections, .. } => {
+                projections.iter().map(|one| weights.matrix(one.weight)).collect()
+            }
+            Op::LinearParts { weight, .. } => vec![weights.matrix(*weight)],
+            _ => unreachable!("a linear op"),
+        }
+    }
+
+    /// What op `index` adds its product to, instead of leaving it to a sum and a norm.
+    fn residual(&self, index: usize) -> Option<BufferId> {
+        self.rank.residuals[index].filter(|_| self.is_alone)
+    }
+
+    /// Whether what norm `index` should add to the residual is part of it already.
+    fn is_added(&self, index: usize) -> bool {
+        index >= 2 && self.residual(index - 2).is_some()
+    }
+
+    /// What the products behind norm `index` make theirs of, if they do that by themselves.
+    fn normed(&self, index: usize) -> Option<Normed<'_>> {
+        let Rank { weights, feeds, device, .. } = self.rank;
+        let Op::Norm { residual, delta, weight, eps, .. } = &weights.program.ops[index] else {
+            return None;
+        };
+        let takes = |fed| linear::takes_normed(self.matrices_of(fed), self.sizes.n_tokens, device);
+        let is_all = delta.is_none() || self.is_added(index);
+        let (row, weight) = (self.rank.buffer(*residual), weights.vector(*weight));
+        (is_all && feeds[index].is_some_and(takes)).then_some(Normed { row, weight, eps: *eps })
     }
 
     fn linear(&self, index: usize, op: &Op) -> Result<(), DeviceError> {
         let Rank { weights, scratch, feeds, .. } = self.rank;
+        let residual = self.residual(index);
         let of = |weight, out| Projection {
             weight: weights.matrix(weight),
             parts: self.parts(index),
-            out: self.rank.buffer(out),
+            out: self.rank.buffer(residual.unwrap_or(out)),
+            adds: residual.is_some(),
         };
         let (input, projections) = match op {
             Op::Linear { input, projections } => {
@@ -221,8 +265,33 @@ impl Step<'_> {
         linear::linear(from, columns, n_tokens, made, &scratch.linear, &projections)
     }
 
+    /// Whether what op `index`, which turns queries and keeps keys and values, would do is left to the
+    /// attention behind it: where no row sees another's of this step.
+    fn turns_with_attention(&self, index: usize) -> bool {
+        let Sizes { n_items, n_tiles, is_single, .. } = self.sizes;
+        let ops = &self.rank.weights.program.ops;
+        let is_next = match (&ops[index], ops.get(index + 1)) {
+            (Op::RopeKv { q, layer, .. }, Some(Op::Attention { q: of, layer: in_, .. })) => {
+                q == of && layer == in_
+            }
+            _ => false,
+        };
+        let is_f16 = self.rank.shape.kv_format == KvFormat::F16;
+        is_next && is_f16 && is_single && n_items > 0 && n_tiles == 0
+    }
+
+    fn unturned(&self, index: usize) -> Option<Unturned<'_>> {
+        let before = index.checked_sub(1).filter(|&before| self.turns_with_attention(before))?;
+        let Op::RopeKv { k, v, rope, .. } = &self.rank.weights.program.ops[before] else {
+            unreachable!("what turns is this op")
+        };
+        let [k, v] = [k, v].map(|&id| self.rank.buffer(id));
+        Some(Unturned { k, v, rope: self.rank.angles.of(rope) })
+    }
+
     fn attend(
         &self,
+        index: usize,
         queries: Queries<'_>,
         layer: usize,
         to: Making<'_>,
@@ -230,14 +299,14 @@ impl Step<'_> {
         let (words, cache) = (&self.rank.scratch.words, &self.rank.caches[layer]);
         let Sizes { n_tokens, n_items, n_tiles, .. } = self.sizes;
         // Tiles write rows of f32, and then so does all else, and the rest is made of these.
-        let goes_on = n_tiles == 0 && self.rank.merges_to_halves;
+        let goes_on = n_tiles == 0 && attention::merges_to(to.forms, self.rank.shape);
         let first = if goes_on { to } else { Making { forms: Forms::PLAIN, ..to } };
         if n_items > 0 {
             let items = words.view(self.layout.items, WORDS * n_items);
             let first_items = words.view(self.layout.first_items, n_tokens + 1);
             let parts = self.rank.scratch.attended.as_ref().expect("there is attention");
-            attention::attend(queries, self.rows(), items, cache, parts)?;
-            attention::merge(parts, first_items, queries.heads, first)?;
+            let (unturned, items) = (self.unturned(index), [items, first_items]);
+            attention::attend(queries, unturned, self.rows(), items, cache, parts, first)?;
         }
         if n_tiles > 0 {
             let tiles = words.view(self.layout.tiles, WORDS * n_tiles);

@@ -41,9 +41,13 @@ pub(super) fn common(introductions: &[Vec<u8>]) -> Option<Id> {
     let id = lead.get(ABOUT..)?.try_into().map(Id).ok()?;
     let mut cards = HashSet::from([&lead[CARD]]);
     let fits = |other: &&Vec<u8>| {
-        other.len() == ABOUT && other[..4] == lead[..4] && other[CARD.end..] == lead[CARD.end..ABOUT]
+        other.len() == ABOUT
+            && other[..4] == lead[..4]
+            && other[CARD.end..] == lead[CARD.end..ABOUT]
     };
-    let is_one = others.iter().all(|other| fits(&other) && (cards.insert(&other[CARD]) || lead[SHARES] == 1));
+    let is_one = others
+        .iter()
+        .all(|other| fits(&other) && (cards.insert(&other[CARD]) || lead[SHARES] == 1));
     (is_one && !others.is_empty()).then_some(id)
 }
 
