@@ -2,7 +2,7 @@
 // of attention: `merge_attended` of attention.cu.)
 //
 // For weights in integers: f16 numbers with a scale for each step of 128 columns, a power of two that brings the step's
-// largest to 2^14 and above; of one token integers of 15 bits, two bytes each, with a scale that makes the step's largest
+// largest to 2^14 and above; of few tokens integers of 15 bits, two bytes each, with a scale that makes the step's largest
 // LARGEST. For weights of bf16: two bf16 numbers each, the second holding what the first lost.
 
 #define RUN 32
@@ -25,11 +25,11 @@ struct Made {
     u32* totals;
     u16 *first, *second; // [token][columns]
     float* plain;        // [token][columns]
-    // [token][run, padded to whole steps][t of 0 to 3]: upper bytes of columns 4t to 4t + 3 and 16 + 4t.., lower bytes of both;
-    // an integer is 128 times the upper plus the lower.
+    // [token][pair of runs, padded to whole steps][upper, lower][t of 0 to 3]: bytes of columns 4t to 4t + 3 and 16 + 4t.. of
+    // one run, then of the other; an integer is 128 times its upper byte plus its lower one.
     uint4* bytes;
     float* byte_scales; // [token][step]
-    float* byte_sums;   // [token][half a run]: of the integers
+    int4* byte_sums;    // [token][half a run]: of the integers
     u32 columns, n_tokens;
 };
 
@@ -71,24 +71,22 @@ DEVICE void make_bytes(const Made& to, u32 token, u32 step, u32 lane, float4 v, 
     const float inverse = LARGEST / largest;
     const bool is_zero = !is_finite || !(inverse <= 3.402823466e38f); // what is that small is taken as zeros
     const float of_lane[4] = {v.x, v.y, v.z, v.w};
-    u32 upper = 0, lower = 0;
-    float sum = 0.0f;
+    u32 upper = 0, lower = 0, sum = 0;
     for (int i = 0; i < 4; i++) {
         const float rounded = is_zero ? 0.0f : (of_lane[i] * inverse + 12582912.0f) - 12582912.0f;
         const int whole = (int)rounded, high = (whole + 64) >> 7;
         upper |= (u32)(high & 255) << 8 * i;
         lower |= (u32)((whole - high * 128) & 255) << 8 * i;
-        sum += rounded;
+        sum += (u32)whole;
     }
     for (int mask = 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     if (!is_there) return;
-    const u32 n_steps = steps_of(to.columns), four = lane % 8;
-    const u64 run = ((u64)token * n_steps + step) * STEP + lane / 8;
-    u32* words = (u32*)(to.bytes + run * 4 + four % 4) + four / 4;
-    words[0] = upper, words[2] = lower;
-    if (lane % 4 == 0) to.byte_sums[run * 2 + four / 4] = sum;
+    const u32 of_step = token * steps_of(to.columns) + step, run = lane / 8, four = lane % 8;
+    u32* words = (u32*)(to.bytes + (u64)of_step * 16 + run / 2 * 8 + four % 4) + run % 2 * 2 + four / 4;
+    words[0] = upper, words[4 * 4] = lower;
+    if (lane % 4 == 0) ((int*)(to.byte_sums + (u64)of_step * 2))[lane / 4] = (int)sum;
     const float scale = is_zero ? 0.0f : largest / LARGEST;
-    if (lane == 0) to.byte_scales[(u64)token * n_steps + step] = is_finite ? scale : float_of(0x7fc00000u);
+    if (lane == 0) to.byte_scales[of_step] = is_finite ? scale : float_of(0x7fc00000u);
 }
 
 // As rows of f32 and of bf16.
@@ -140,12 +138,7 @@ KERNEL(NORM_THREADS)
 rms_norm(float* residual, const float* delta, const float* weight, Made to, float eps) {
     float* place = (float*)shared_memory();
     const u32 token = blockIdx.x, n_fours = to.columns / 4;
-    float4 weights[NORM_KEPT];
-#pragma unroll
-    for (int i = 0; i < NORM_KEPT; i++) {
-        const u32 at = i * NORM_THREADS + threadIdx.x;
-        if (at < n_fours) weights[i] = ((const float4*)weight)[at];
-    }
+    for (u32 at = threadIdx.x * 8; at < n_fours; at += NORM_THREADS * 8) prefetch((const float4*)weight + at);
     depend();
     float4* row = (float4*)(residual + (u64)token * to.columns);
     const float4* more = (const float4*)(delta + (u64)token * to.columns);
@@ -185,7 +178,7 @@ rms_norm(float* residual, const float* delta, const float* weight, Made to, floa
         if (i * NORM_THREADS >= n_fours) break;
         float4 v = kept[i];
         if (at < n_fours) {
-            const float4 w = weights[i];
+            const float4 w = ((const float4*)weight)[at];
             v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
         }
         make(to, token, at / 32, at % 32, v, at < n_fours);

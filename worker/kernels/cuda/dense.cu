@@ -10,7 +10,7 @@ struct Dense {
 
 // A step is two runs, 128 bytes of each row. A lane multiplies columns 8t to 8t + 7 of each run, which are any eight to the
 // product as long as both sides take the same.
-struct OfBf16Rows {
+struct OfBf16Rows : TensorTokens {
     typedef Dense Matrix;
     static constexpr u32 RUNS = 2, LEN = 4 * 32;
     static constexpr bool TAKES_ONE = true;
@@ -22,7 +22,6 @@ struct OfBf16Rows {
         made.columns = like.columns, made.n_tokens = 1;
         return made;
     }
-    static DEVICE_MEMBER void finish(float*) {}
 
     // Eight lanes fetch a row of a step: whole lines. In shared memory it lies by run, then as lanes multiply it: rows 0 to 7
     // and the rest.

@@ -59,12 +59,6 @@ DEVICE u32 arrive(u32* count) {
 DEVICE float read_of_others(const float* at) { return __ldcg(at); }
 DEVICE float4 read_of_others(const float4* at) { return __ldcg(at); }
 
-// c plus the products of four bytes without a sign with four that have one.
-DEVICE int dot4(u32 a, u32 b, int c) {
-    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
-    return c;
-}
-
 // Four bytes of x, by the digits of `which`, the lowest first; 4 is a zero.
 DEVICE u32 pick_bytes(u32 x, u32 which) { return __byte_perm(x, 0, which); }
 
@@ -151,4 +145,20 @@ DEVICE void mma_f16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) 
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c += a * b, with a [16, 32] of bytes without a sign and b [32, 8] of bytes that have one, four in a register, the lowest
+// column lowest. Lane 4g + t holds of a row g in a0 (columns 4t to 4t + 3) and a2 (16 + 4t..), row g + 8 in a1 and a3; of b
+// column g in b0 (rows 4t..) and b1 (rows 16 + 4t..); c as above. (PTX ISA, "Matrix Fragments for mma.m16n8k32".)
+DEVICE void mma_bytes(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same of the first sixteen columns of a and rows of b.
+DEVICE void mma_bytes(int c[4], u32 a0, u32 a1, u32 b0) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
 }

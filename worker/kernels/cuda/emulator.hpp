@@ -290,11 +290,6 @@ DEVICE u32 arrive(u32* count) { return __atomic_fetch_add(count, 1, __ATOMIC_ACQ
 DEVICE float read_of_others(const float* at) { return *at; }
 DEVICE float4 read_of_others(const float4* at) { return *at; }
 
-DEVICE int dot4(u32 a, u32 b, int c) {
-    for (int i = 0; i < 32; i += 8) c += (int)(u8)(a >> i) * (signed char)(b >> i);
-    return c;
-}
-
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
 
 DEVICE u32 pick_bytes(u32 x, u32 which) {
@@ -397,3 +392,18 @@ DEVICE void mma_f16(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) 
         return sum + half_to_float(a >> 16 * i) * half_to_float(b >> 16 * i);
     });
 }
+
+DEVICE void mma_bytes(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    u32(*all)[6] = emulator::exchange(mine, 6);
+    const u32 g = emulator::lane() / 4, t = emulator::lane() % 4;
+    for (u32 i = 0; i < 4; i++) {
+        const u32 column = 2 * t + i % 2;
+        for (u32 k = 0; k < 32; k++) {
+            const u32 half = k / 16, of_lane = k % 16 / 4, shift = k % 4 * 8;
+            const u32 a = all[g * 4 + of_lane][i / 2 + 2 * half] >> shift, b = all[column * 4 + of_lane][4 + half] >> shift;
+            c[i] += (int)(u8)a * (signed char)b;
+        }
+    }
+}
+DEVICE void mma_bytes(int c[4], u32 a0, u32 a1, u32 b0) { mma_bytes(c, a0, a1, 0, 0, b0, 0); }

@@ -19,7 +19,7 @@ struct Fp8 {
 DEVICE u32 place_of_row(u32 row, u32 run) { return row * 8 + (2 * run ^ row % 4 * 2); }
 
 // A step is 128 bytes of each row.
-struct OfFp8 {
+struct OfFp8 : TensorTokens {
     typedef Fp8 Matrix;
     static constexpr u32 RUNS = STEP, LEN = TILE_ROWS * FP8_STEP_BYTES / 16;
     static constexpr bool TAKES_ONE = true;
@@ -32,7 +32,6 @@ struct OfFp8 {
         made.columns = like.columns, made.n_tokens = 1;
         return made;
     }
-    static DEVICE_MEMBER void finish(float*) {}
 
     // Eight lanes fetch a row of a step: whole lines.
     template <int WARPS>

@@ -311,13 +311,12 @@ DEVICE void multiply_any_step(float sums[TOKEN_TILES][4], const uint4* stage, co
 }
 
 template <int BITS, int SCALES, int ZERO>
-struct OfIntegers {
+struct OfIntegers : TensorTokens {
     typedef Quantised Matrix;
     template <int WARPS>
     using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
     static constexpr bool TAKES_ONE = false;
-    static DEVICE_MEMBER void finish(float*) {}
 
     // Whether all steps are as `multiply_step` takes them.
     static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
@@ -382,107 +381,113 @@ DEVICE int whole_of(u32 word, int byte) {
     return SCALES == HALVES ? (int)(signed char)(word >> 8 * byte) : (int)(u8)(word >> 8 * byte);
 }
 
-// One token: bytes of weights with bytes of activations, by instructions that take four of each. Sums of a run, or of a step
-// where a super-block has one scale for them, are integers, so that they are exact; each lane has those of its columns.
-template <int BITS, int SCALES, int ZERO>
-struct OfDots : OfIntegers<BITS, SCALES, ZERO> {
-    static constexpr bool TAKES_ONE = true;
+// Up to four tokens for each of GROUPS: bytes of weights with bytes of activations on tensor cores, whose columns are a
+// token's upper and lower bytes. Sums of a run, or of a step where a super-block has one scale for its runs, are integers.
+template <int BITS, int SCALES, int ZERO, int GROUPS>
+struct OfBytes {
+    typedef Quantised Matrix;
+    template <int WARPS>
+    using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
+    static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
+    static constexpr bool TAKES_ONE = GROUPS == 1;
 
-    static DEVICE_MEMBER u32 made_floats(u32 columns) { return steps_of(columns) * (STEP_COLUMNS / 2 + 1 + 2 * STEP); }
+    static DEVICE_MEMBER u32 token_of(u32 t, u32 i) { return t + 4 * i; }
+    static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
+        return OfIntegers<BITS, SCALES, ZERO>::is_plain(w, begin, end);
+    }
+    static DEVICE_MEMBER float2 row_scales(const Quantised&, u32, u32) { return {1.0f, 1.0f}; }
+
+    // Bytes of a step, four in a float, the sums of its half runs, and its scale.
+    static DEVICE_MEMBER u32 made_floats(u32 columns) { return steps_of(columns) * (STEP_COLUMNS / 2 + 2 * STEP + 1); }
     static DEVICE_MEMBER Made made_at(const Made& like, float* place) {
         const u32 n_steps = steps_of(like.columns);
         Made made = {};
-        made.bytes = (uint4*)place, made.byte_sums = place + n_steps * (STEP_COLUMNS / 2);
-        made.byte_scales = made.byte_sums + n_steps * 2 * STEP;
+        made.bytes = (uint4*)place, made.byte_sums = (int4*)(place + n_steps * (STEP_COLUMNS / 2));
+        made.byte_scales = place + n_steps * (STEP_COLUMNS / 2 + 2 * STEP);
         made.columns = like.columns, made.n_tokens = 1;
         return made;
     }
 
-    // Adds up what the four lanes of a row have.
-    static DEVICE_MEMBER void finish(float* sums) {
-        for (int row = 0; row < 2; row++) {
-            for (int mask = 2; mask > 0; mask /= 2) sums[2 * row] += shuffle_xor(sums[2 * row], mask);
-        }
-    }
-
-    // What ZERO and min add over run `run` of the step, of which d, m are `super`; `word`: scales, of MIN the mins.
-    static DEVICE_MEMBER float offset_over(u32 word, uint2 super, float2 halves, int row) {
-        const float whole = halves.x + halves.y;
-        if (SCALES == PLAIN) return -(float)ZERO * half_of(word, row) * whole;
-        if (SCALES == MIN) return half_of(word, row) * whole;
-        if (SCALES == SUPER) return -(half_of(super.y, row) * (float)whole_of<SUPER>(word, 2 + row)) * whole;
-        return -(float)ZERO * half_of(super.x, row) *
-               fmaf((float)whole_of<HALVES>(word, row), halves.x, (float)whole_of<HALVES>(word, 2 + row) * halves.y);
-    }
-
-    template <int TOKEN_TILES>
-    static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised&, const Made& x, u32 step,
-                                       u32, u32, u32 lane) {
-        const u32 g = lane / 4, t = lane % 4;
-        const uint4* b = x.bytes + (u64)step * (4 * STEP) + t;
-        const float scale = x.byte_scales[step];
-        const float2 of_run = ((const float2*)x.byte_sums)[step * STEP + t]; // a lane sees to the offsets of one run
-        int upper[2] = {0, 0}, lower[2] = {0, 0};
-        float of_step[2] = {0.0f, 0.0f};
+    // Adds the products of runs `begin` to `end` that are of the step. ARE_ALL: all of them are, and lie in one super-block.
+    template <bool ARE_ALL>
+    static DEVICE_MEMBER void multiply_runs(float sums[4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
+                                            u32 begin, u32 end, u32 n_tokens, u32 lane) {
+        const u32 g = lane / 4, t = lane % 4, n_steps = steps_of(x.columns), first = (w.first_run + step * STEP) % 8;
+        // Of the product's eight columns g is a token's upper or lower bytes; what it gives a lane is of another token. What is
+        // beyond the last token is not looked at.
+        u32 shown[GROUPS], mine[GROUPS];
+        int whole[GROUPS][4], offset[GROUPS][2];
+        float of_step[GROUPS][2];
 #pragma unroll
+        for (int n = 0; n < GROUPS; n++) {
+            shown[n] = (min(n * 4 + g / 2, n_tokens - 1) * n_steps + step) * 16 + g % 2 * 4 + t;
+            mine[n] = min(n * 4 + t, n_tokens - 1) * n_steps + step;
+            for (int j = 0; j < 4; j++) whole[n][j] = 0;
+            for (int row = 0; row < 2; row++) offset[n][row] = 0, of_step[n][row] = 0.0f;
+        }
+#pragma unroll(!ARE_ALL ? 1 : SCALES == HALVES && GROUPS == 2 ? 2 : STEP)
         for (int i = 0; i < STEP; i++) {
+            if (!ARE_ALL && (step * STEP + i < begin || step * STEP + i >= end)) continue;
             const Bytes a = bytes_of<BITS, SCALES>(stage, i, lane);
             const u32 word = scales_word<BITS, SCALES>(stage, i, false, g);
-            const uint4 q = b[4 * i];
+            const u32 of_min = SCALES == MIN ? scales_word<BITS, SCALES>(stage, i, true, g) : 0;
+            // A super-block's sums end with the step, or with its last run.
+            const bool ends = SCALES >= SUPER && (i == STEP - 1 || (!ARE_ALL && (first + i == 7 || step * STEP + i == end - 1)));
+            uint2 super = {0, 0};
+            if (ends) super = super_of<BITS, SCALES>(stage, ARE_ALL ? 0 : first, ARE_ALL ? 0 : i, g);
 #pragma unroll
-            for (int row = 0; row < 2; row++) {
-                const u32 first = a.of[row][0], second = a.of[row][1];
+            for (int n = 0; n < GROUPS; n++) {
+                const uint4 q = x.bytes[shown[n] + i / 2 * 8];
+                const int4 halves = x.byte_sums[mine[n] * 2 + i / 2];
+                const int of_first = i % 2 ? halves.z : halves.x, of_second = i % 2 ? halves.w : halves.y;
+                const int of_run = of_first + of_second;
+                const u32 q_first = i % 2 ? q.z : q.x, q_second = i % 2 ? q.w : q.y;
+                int product[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
                 if (SCALES == HALVES) {
-                    const int by = whole_of<SCALES>(word, row), by_2 = whole_of<SCALES>(word, 2 + row);
-                    upper[row] += dot4(first, q.x, 0) * by + dot4(second, q.y, 0) * by_2;
-                    lower[row] += dot4(first, q.z, 0) * by + dot4(second, q.w, 0) * by_2;
-                    continue;
-                }
-                const int high = dot4(second, q.y, dot4(first, q.x, 0)), low = dot4(second, q.w, dot4(first, q.z, 0));
-                if (SCALES == SUPER) {
-                    const int by = whole_of<SCALES>(word, row);
-                    upper[row] += high * by, lower[row] += low * by;
+                    mma_bytes(product, a.of[0][0], a.of[1][0], q_first);
+                    mma_bytes(second, a.of[0][1], a.of[1][1], q_second);
                 } else {
-                    of_step[row] = fmaf((float)(high * 128 + low), half_of(word, row), of_step[row]);
+                    mma_bytes(product, a.of[0][0], a.of[1][0], a.of[0][1], a.of[1][1], q_first, q_second);
+                }
+#pragma unroll
+                for (int row = 0; row < 2; row++) {
+                    int* of_row = whole[n] + 2 * row;
+                    if (SCALES >= SUPER) {
+                        const int by = whole_of<SCALES>(word, row), by_2 = whole_of<SCALES>(word, 2 + row);
+                        of_row[0] += product[2 * row] * by, of_row[1] += product[2 * row + 1] * by;
+                        if (SCALES == HALVES) of_row[0] += second[2 * row] * by_2, of_row[1] += second[2 * row + 1] * by_2;
+                        offset[n][row] += SCALES == SUPER ? of_run * by_2 : of_first * by + of_second * by_2;
+                    } else {
+                        const int sum = product[2 * row] * 128 + product[2 * row + 1] - ZERO * of_run;
+                        of_step[n][row] = fmaf((float)sum, half_of(word, row), of_step[n][row]);
+                        if (SCALES == MIN) of_step[n][row] = fmaf((float)of_run, half_of(of_min, row), of_step[n][row]);
+                    }
+                    if (ends) {
+                        const float sum = fmaf((float)of_row[0], 128.0f, (float)of_row[1]), d = half_of(super.x, row);
+                        const float by = SCALES == SUPER ? -half_of(super.y, row) : -(float)ZERO * d;
+                        of_step[n][row] += fmaf(sum, d, (float)offset[n][row] * by);
+                        of_row[0] = of_row[1] = offset[n][row] = 0;
+                    }
                 }
             }
         }
-        uint2 super = {0, 0};
-        if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, 0, 0, g);
-        const u32 word = scales_word<BITS, SCALES>(stage, t, true, g);
 #pragma unroll
-        for (int row = 0; row < 2; row++) {
-            if (SCALES >= SUPER) of_step[row] = fmaf((float)upper[row], 128.0f, (float)lower[row]) * half_of(super.x, row);
-            sums[0][2 * row] = fmaf(of_step[row] + offset_over(word, super, of_run, row), scale, sums[0][2 * row]);
+        for (int n = 0; n < GROUPS; n++) {
+            const float scale = x.byte_scales[mine[n]];
+            for (int row = 0; row < 2; row++) sums[2 * row + n] = fmaf(of_step[n][row], scale, sums[2 * row + n]);
         }
+    }
+
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
+                                       u32, u32 n_tokens, u32 lane) {
+        multiply_runs<true>(sums[0], stage, w, x, step, 0, 0, n_tokens, lane);
     }
 
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply_any(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x,
-                                           u32 step, u32 begin, u32 end, u32, u32, u32 lane) {
-        const u32 g = lane / 4, t = lane % 4, first_run = (w.first_run + step * STEP) % 8;
-        const float scale = x.byte_scales[step];
-#pragma unroll
-        for (int i = 0; i < STEP; i++) {
-            const u32 run = step * STEP + i;
-            if (run < begin || run >= end) continue;
-            const Bytes a = bytes_of<BITS, SCALES>(stage, i, lane);
-            const u32 word = scales_word<BITS, SCALES>(stage, i, false, g), of_min = scales_word<BITS, SCALES>(stage, i, true, g);
-            const uint4 q = x.bytes[(u64)run * 4 + t];
-            uint2 super = {0, 0};
-            if (SCALES >= SUPER) super = super_of<BITS, SCALES>(stage, first_run, i, g);
-#pragma unroll
-            for (int row = 0; row < 2; row++) {
-                const float first = (float)(dot4(a.of[row][0], q.x, 0) * 128 + dot4(a.of[row][0], q.z, 0));
-                const float second = (float)(dot4(a.of[row][1], q.y, 0) * 128 + dot4(a.of[row][1], q.w, 0));
-                const Factors factors = factors_of<SCALES>(word);
-                float sum = fmaf(first, factors.first[row], second * (SCALES == HALVES ? factors.second[row] : factors.first[row]));
-                if (SCALES >= SUPER) sum *= half_of(super.x, row);
-                // One lane of the four sees to the offsets.
-                if (t == 0) sum += offset_over(of_min, super, ((const float2*)x.byte_sums)[run], row);
-                sums[0][2 * row] = fmaf(sum, scale, sums[0][2 * row]);
-            }
-        }
+                                           u32 step, u32 begin, u32 end, u32, u32 n_tokens, u32 lane) {
+        multiply_runs<false>(sums[0], stage, w, x, step, begin, end, n_tokens, lane);
     }
 };
 
@@ -574,12 +579,12 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
 
 #define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_1(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
-        stream<OfDots<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                             \
+    linear_##FORMAT##_4(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
+        stream<OfBytes<BITS, SCALES, ZERO, 1>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
     }                                                                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
     linear_##FORMAT##_8(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
-        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
+        stream<OfBytes<BITS, SCALES, ZERO, 2>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
     }                                                                                                                  \
     KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                         \
     linear_##FORMAT##_32(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {              \

@@ -6,10 +6,10 @@
 
 #define TILE_ROWS 16
 // Of kernels for up to eight tokens, and for more: warps, threads, and blocks that a multiprocessor shall have room for. (For
-// few tokens, 12 warps were the fastest of 8, 12 and 16 on an H200.)
-#define FEW_WARPS 12
-#define FEW_THREADS 384
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 900
+// few tokens, 8 to 12 warps were as fast as each other on an H200, and 16 slower.)
+#define FEW_WARPS 10
+#define FEW_THREADS 320
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 #define FEW_BLOCKS 1 // with two, registers would be spilled
 #else
 #define FEW_BLOCKS 2
@@ -22,11 +22,18 @@
 #define MANY_BLOCKS 2
 #endif
 // Sixteen bytes that a warp's ring has: three steps of any format.
-#define RING 408
+#define RING 488
 // Steps of a row that a warp keeps while it norms.
-#define NORMED_STEPS 3
+#define NORMED_STEPS 4
+// Floats that a block which norms adds up in, before its activations.
+#define NORM_PLACE 16
 
 #define MOST_MATRICES 3
+
+// As the products of tensor cores lie.
+struct TensorTokens {
+    static DEVICE_MEMBER u32 token_of(u32 t, u32 i) { return 2 * t + i; }
+};
 
 // Matrices of one format on one input, tile after tile. `first_tiles`: where the tiles of each begin; of those that are
 // not there, beyond the last; then how many there are.
@@ -82,7 +89,7 @@ DEVICE Made norm_here(const Normed& normed, const Made& to, float* place) {
         const float4 v = kept[i];
         square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, square))));
     }
-    const Made made = Of::made_at(to, place + WARPS);
+    const Made made = Of::made_at(to, place + NORM_PLACE);
     const float scale = 1.0f / sqrtf(block_sum(square, place) / (float)to.columns + normed.eps);
 #pragma unroll
     for (int i = 0; i < NORMED_STEPS; i++) {
@@ -98,8 +105,8 @@ DEVICE Made norm_here(const Normed& normed, const Made& to, float* place) {
 }
 
 // The sums of a block's warps, added in order of the steps that they took, to out[part][token][row]: this warp took every
-// WARPS-th from `first` on. `sums` lie as products of tensor cores do. `place` is shared: [warp][token of eight][row].
-template <int WARPS, int TOKEN_TILES>
+// WARPS-th from `first` on. `place` is shared: [warp][token of eight][row].
+template <class Of, int WARPS, int TOKEN_TILES>
 DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, u32 first, float* out, bool adds, u32 tile, u32 rows,
                       u32 n_tokens) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -114,7 +121,7 @@ DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, u32 first,
         const float before = is_mine && adds ? *to : 0.0f;
         block_sync();
         for (int i = 0; i < 4; i++) {
-            place[(first * 8 + 2 * t + i % 2) * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
+            place[(first * 8 + Of::token_of(t, i % 2)) * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
         }
         block_sync();
         if (is_mine) {
@@ -133,7 +140,7 @@ DEVICE const Made& activations_of(const Made& given, const Normed& normed, Made&
         own = given;
         if (normed.row) {
             own = norm_here<Of, WARPS>(normed, given, place);
-            place += WARPS + Of::made_floats(given.columns);
+            place += NORM_PLACE + Of::made_floats(given.columns);
         } else {
             depend();
         }
@@ -214,12 +221,12 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
             }
             at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
-        Of::finish(sums[0]);
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
             for (int i = 0; i < 4; i++) sums[n][i] *= i / 2 ? scales.y : scales.x;
         }
-        add_warps<WARPS, TOKEN_TILES>(sums, place, turns.first, chosen.out, all.adds, chosen.tile, chosen.matrix.rows, n_tokens);
+        add_warps<Of, WARPS, TOKEN_TILES>(sums, place, turns.first, chosen.out, all.adds, chosen.tile, chosen.matrix.rows,
+                                          n_tokens);
         turns.next();
     }
 }
@@ -229,10 +236,9 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
 // warp, then what `add_warps` takes.
 //
 // `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it (and asks for
-// up to so many of the steps that follow), how it is
-// multiplied, what is left to do for the sums of a tile, and what a sum of rows g and g + 8 is multiplied with at last; if it
-// TAKES_ONE token that is to be normed, where the activations that it takes lie in shared memory, and how many floats they
-// are. All matrices have the same columns.
+// up to so many of the steps that follow), how it is multiplied, which token of eight each sum of a lane is of, and what a
+// sum of rows g and g + 8 is multiplied with at last; if it TAKES_ONE token that is to be normed, where the activations that
+// it takes lie in shared memory, and how many floats they are. All matrices have the same columns.
 template <class Of, int WARPS, int TOKEN_TILES>
 DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const Normed& normed, const u32* parts, u32 n_tokens) {
     const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];

@@ -26,10 +26,10 @@ pub struct Activations {
     pub(super) totals: Buffer<u32>, // [half a run][padded tokens]
     pub(super) first: Buffer<u16>,  // [token][columns], bf16
     pub(super) second: Buffer<u16>, // the same: what `first` lost
-    // Of one token, as bytes: [columns, padded to whole steps, two each], [step], [half a run].
-    pub(super) bytes: Buffer<u32>,
+    // Of a few tokens: [token][columns, padded to whole steps], two bytes each; [token][step]; [token][half a run]
+    pub(super) bytes: Buffer<u16>,
     pub(super) byte_scales: Buffer<f32>,
-    pub(super) byte_sums: Buffer<f32>,
+    pub(super) byte_sums: Buffer<u32>,
 }
 
 impl Activations {
@@ -48,9 +48,9 @@ impl Activations {
             totals: device.buffer(n_steps * STEP_COLUMNS / RUN * 2 * padded)?,
             first: device.buffer(n)?,
             second: device.buffer(n)?,
-            bytes: device.buffer(n_steps * STEP_COLUMNS / 2)?,
-            byte_scales: device.buffer(n_steps)?,
-            byte_sums: device.buffer(n_steps * STEP_COLUMNS / RUN * 2)?,
+            bytes: device.buffer(TOKEN_TILE * n_steps * STEP_COLUMNS)?,
+            byte_scales: device.buffer(TOKEN_TILE * n_steps)?,
+            byte_sums: device.buffer(TOKEN_TILE * n_steps * STEP_COLUMNS / RUN * 2)?,
         };
         // What lies beyond the columns of a last step meets weights of zero, so it must be a number.
         all.halves.clear()?;
@@ -149,7 +149,7 @@ impl Making<'_> {
         assert!(columns.is_multiple_of(RUN), "{columns} columns are no whole runs");
         assert!(n_tokens <= activations.max_tokens && columns <= activations.max_columns);
         assert!(!forms.plain || plain.len() >= n_tokens * columns, "plain rows too few");
-        assert!(!forms.bytes || n_tokens <= 1, "bytes of one token");
+        assert!(!forms.bytes || n_tokens <= TOKEN_TILE, "bytes of many tokens");
         let or_null = |is_read: bool, address: u64| if is_read { address } else { 0 };
         Made([
             or_null(forms.halves, activations.halves.address()),
