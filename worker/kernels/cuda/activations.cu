@@ -29,7 +29,7 @@ struct Made {
     // one run, then of the other; an integer is 128 times its upper byte plus its lower one.
     uint4* bytes;
     float* byte_scales; // [token][step]
-    int4* byte_sums;    // [token][half a run]: of the integers
+    int2* byte_sums;    // [token][run]: of the integers of either half
     u32 columns, n_tokens;
 };
 
@@ -84,7 +84,7 @@ DEVICE void make_bytes(const Made& to, u32 token, u32 step, u32 lane, float4 v, 
     const u32 of_step = token * steps_of(to.columns) + step, run = lane / 8, four = lane % 8;
     u32* words = (u32*)(to.bytes + (u64)of_step * 16 + run / 2 * 8 + four % 4) + run % 2 * 2 + four / 4;
     words[0] = upper, words[4 * 4] = lower;
-    if (lane % 4 == 0) ((int*)(to.byte_sums + (u64)of_step * 2))[lane / 4] = (int)sum;
+    if (lane % 4 == 0) ((int*)(to.byte_sums + (u64)of_step * STEP))[lane / 4] = (int)sum;
     const float scale = is_zero ? 0.0f : largest / LARGEST;
     if (lane == 0) to.byte_scales[of_step] = is_finite ? scale : float_of(0x7fc00000u);
 }

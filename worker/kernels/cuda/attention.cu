@@ -35,6 +35,8 @@ DEVICE void make_attended(const Made& to, u32 row, u32 four, float4 v, bool is_t
 
 #define ATTEND_THREADS 128
 #define ATTEND_WARPS (ATTEND_THREADS / 32)
+// Floats between the sums of two queries: so that a warp's lanes meet all banks.
+#define SUMS (HEAD_DIM + 4)
 // That a multiprocessor shall have room for; large heads take more registers.
 #define ATTEND_BLOCKS (HEAD_DIM <= 128 ? 4 : 2)
 // Positions that a block of `attend` takes at once: a KV block a warp.
@@ -161,35 +163,39 @@ struct Merging {
     Made to;
 };
 
-// The parts of a row and head to attention, in order, by one warp, whose lanes have four columns each of every 128.
-DEVICE void merge_parts(const Merging& merging, const float* parts, u32 row, u32 head, u32 n_heads, u32 lane) {
-    const u32 first = merging.first_items[row], end = merging.first_items[row + 1];
-    float top = MINUS_INFINITY;
-    for (u32 item = first + lane; item < end; item += 32) {
-        top = fmaxf(top, read_of_others(parts + ((u64)item * n_heads + head) * PART + HEAD_DIM));
-    }
-    top = warp_max(top);
+// The parts of a row and head, which are items `first` to `end`, to attention, in order, by one warp, whose lanes have four
+// columns each of every 128.
+DEVICE void merge_parts(const Made& to, const float* parts, u32 first, u32 end, u32 row, u32 head, u32 n_heads, u32 lane) {
     constexpr int N = (HEAD_DIM + 127) / 128;
     float4 sums[N];
-    float total = 0.0f;
+    float top = MINUS_INFINITY, total = 0.0f;
     for (int n = 0; n < N; n++) sums[n] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (; first < end; first += 32) {
+        const float* of_head = parts + ((u64)first * n_heads + head) * PART;
+        const u32 n_items = min(end - first, 32), stride = n_heads * PART;
+        // A lane sees to an item's weight.
+        float2 of_item = {MINUS_INFINITY, 0.0f};
+        if (lane < n_items) of_item = read_of_others((const float2*)(of_head + lane * stride + HEAD_DIM));
+        const float higher = fmaxf(top, warp_max(of_item.x)), worth = power_of_two(top - higher);
+        const float weight = power_of_two(of_item.x - higher);
+        top = higher;
+        total = fmaf(total, worth, warp_sum(of_item.y * weight));
+        for (int n = 0; n < N; n++) sums[n] = {sums[n].x * worth, sums[n].y * worth, sums[n].z * worth, sums[n].w * worth};
 #pragma unroll 8
-    for (u32 item = first; item < end; item++) {
-        const float* part = parts + ((u64)item * n_heads + head) * PART;
-        const float weight = power_of_two(read_of_others(part + HEAD_DIM) - top);
-        total = fmaf(read_of_others(part + HEAD_DIM + 1), weight, total);
+        for (u32 item = 0; item < n_items; item++) {
+            const float by = shuffle_from(weight, item);
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            if (n * 128 + lane * 4 >= HEAD_DIM) break;
-            const float4 v = read_of_others((const float4*)part + n * 32 + lane);
-            sums[n] = {fmaf(v.x, weight, sums[n].x), fmaf(v.y, weight, sums[n].y), fmaf(v.z, weight, sums[n].z),
-                       fmaf(v.w, weight, sums[n].w)};
+            for (int n = 0; n < N; n++) {
+                if (n * 128 + lane * 4 >= HEAD_DIM) break;
+                const float4 v = read_of_others((const float4*)(of_head + item * stride) + n * 32 + lane);
+                sums[n] = {fmaf(v.x, by, sums[n].x), fmaf(v.y, by, sums[n].y), fmaf(v.z, by, sums[n].z), fmaf(v.w, by, sums[n].w)};
+            }
         }
     }
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const float4 v = {sums[n].x / total, sums[n].y / total, sums[n].z / total, sums[n].w / total};
-        make_attended(merging.to, row, head * (HEAD_DIM / 4) + n * 32 + lane, v, n * 128 + lane * 4 < HEAD_DIM);
+        make_attended(to, row, head * (HEAD_DIM / 4) + n * 32 + lane, v, n * 128 + lane * 4 < HEAD_DIM);
     }
 }
 
@@ -197,8 +203,8 @@ DEVICE void merge_parts(const Merging& merging, const float* parts, u32 row, u32
 // those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
 // the last end. `tables`: KV blocks of each sequence. `parts`: [item][head][PART].
 //
-// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1], which
-// queries to be turned lie in before, a key, angles.
+// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], their sums [GROUP][SUMS] each, where
+// queries that are turned lie before, a key, angles.
 KERNEL_AT_LEAST(ATTEND_THREADS, ATTEND_BLOCKS)
 attend(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
        u32 n_kv_heads, float scale, Unturned unturned, Merging merging) {
@@ -212,7 +218,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
     const u32 end = min((first_split + n_splits) * (SPLIT / BLOCK_LEN), position / BLOCK_LEN + 1);
     const u32 first_block = first_split * (SPLIT / BLOCK_LEN) + warp, first_page = first_block < end ? table[first_block] : 0;
     if (first_block < end) prefetch_page(cache, first_page * n_kv_heads + kv_head, lane);
-    float* of_key = place + GROUP * (HEAD_DIM + 1);
+    float* of_key = place + ATTEND_WARPS * GROUP * SUMS;
     Turn turn;
     if (unturned.k) {
         turn = turn_of(unturned.angles, position, unturned.n_pairs, unturned.is_adjacent, of_key + HEAD_DIM);
@@ -231,7 +237,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
         u32 block = first_block, page = first_page;
         const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
         if (unturned.k) {
-            block_sync(); // the last heads' sums were read
+            if (first_head != heads[kv_head]) block_sync(); // the last heads' sums were read
             for (u32 j = warp; j < n_queries; j += ATTEND_WARPS) {
                 turn_head(turn, of_row + j * HEAD_DIM, place + j * HEAD_DIM, lane);
             }
@@ -248,7 +254,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
         for (int i = 0; i < 2; i++) {
             for (int mask = 4; mask < 32; mask *= 2) at.total[i] += shuffle_xor(at.total[i], mask);
         }
-        block_sync(); // the last heads' parts are written
+        block_sync(); // the last heads' parts are written, and these queries were read
         if (g == 0) tops[warp * GROUP + 2 * t] = at.top[0], tops[warp * GROUP + 2 * t + 1] = at.top[1];
         block_sync();
         float top[2], worth[2];
@@ -257,33 +263,29 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
             for (u32 w = 0; w < ATTEND_WARPS; w++) top[i] = fmaxf(top[i], tops[w * GROUP + 2 * t + i]);
             worth[i] = power_of_two(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
         }
-        for (u32 w = 0; w < ATTEND_WARPS; w++) { // in order
-            if (w == warp) {
+        float* mine = place + warp * GROUP * SUMS;
 #pragma unroll
-                for (int c = 0; c < HEAD_DIM / 16; c++) {
-                    for (int i = 0; i < 4; i++) {
-                        float* to = place + (2 * t + i % 2) * (HEAD_DIM + 1) + c * 16 + i / 2 * 8 + g;
-                        const float sum = at.sums[c][i] * worth[i % 2];
-                        *to = w == 0 ? sum : *to + sum;
-                    }
-                }
-                for (int i = 0; i < 2; i++) {
-                    float* to = place + (2 * t + i) * (HEAD_DIM + 1) + HEAD_DIM;
-                    const float total = at.total[i] * worth[i];
-                    if (g == 0) *to = w == 0 ? total : *to + total;
-                }
-            }
-            block_sync();
+        for (int c = 0; c < HEAD_DIM / 16; c++) {
+            for (int i = 0; i < 4; i++) mine[(2 * t + i % 2) * SUMS + c * 16 + i / 2 * 8 + g] = at.sums[c][i] * worth[i % 2];
         }
+        for (int i = 0; i < 2; i++) {
+            if (g == 0) mine[(2 * t + i) * SUMS + HEAD_DIM] = at.total[i] * worth[i];
+        }
+        block_sync();
         float* part = parts + ((u64)blockIdx.x * n_heads + first_head) * PART;
+        auto sum_of = [&](u32 query, u32 column) {
+            float sum = 0.0f;
+            for (u32 w = 0; w < ATTEND_WARPS; w++) sum += place[(w * GROUP + query) * SUMS + column]; // in order
+            return sum;
+        };
         for (u32 i = threadIdx.x; i < n_queries * HEAD_DIM; i += ATTEND_THREADS) {
-            part[i / HEAD_DIM * PART + i % HEAD_DIM] = place[i / HEAD_DIM * (HEAD_DIM + 1) + i % HEAD_DIM];
+            part[i / HEAD_DIM * PART + i % HEAD_DIM] = sum_of(i / HEAD_DIM, i % HEAD_DIM);
         }
         if (warp == 0 && g == 0) {
             for (int i = 0; i < 2; i++) {
                 if (2 * t + i >= n_queries) continue;
                 part[(2 * t + i) * PART + HEAD_DIM] = top[i];
-                part[(2 * t + i) * PART + HEAD_DIM + 1] = place[(2 * t + i) * (HEAD_DIM + 1) + HEAD_DIM];
+                part[(2 * t + i) * PART + HEAD_DIM + 1] = sum_of(2 * t + i, HEAD_DIM);
             }
         }
     }
@@ -292,9 +294,10 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
     u32* before = (u32*)tops;
     if (threadIdx.x == 0) *before = arrive(merging.counts + item.row * n_kv_heads + kv_head);
     block_sync();
-    if (*before + 1 < merging.first_items[item.row + 1] - merging.first_items[item.row]) return;
+    const u32 first_item = merging.first_items[item.row], end_item = merging.first_items[item.row + 1];
+    if (*before + 1 < end_item - first_item) return;
     for (u32 head = heads[kv_head] + warp; head < heads[kv_head + 1]; head += ATTEND_WARPS) {
-        merge_parts(merging, parts, item.row, head, n_heads, lane);
+        merge_parts(merging.to, parts, first_item, end_item, item.row, head, n_heads, lane);
     }
     if (threadIdx.x == 0) merging.counts[item.row * n_kv_heads + kv_head] = 0;
 }

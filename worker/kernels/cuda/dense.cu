@@ -10,7 +10,7 @@ struct Dense {
 
 // A step is two runs, 128 bytes of each row. A lane multiplies columns 8t to 8t + 7 of each run, which are any eight to the
 // product as long as both sides take the same.
-struct OfBf16Rows : TensorTokens {
+struct OfBf16Rows : TensorSums {
     typedef Dense Matrix;
     static constexpr u32 RUNS = 2, LEN = 4 * 32;
     static constexpr bool TAKES_ONE = true;
@@ -27,41 +27,33 @@ struct OfBf16Rows : TensorTokens {
     // and the rest.
     template <int WARPS>
     struct Cursor {
-        const uint4* row;
-        u32 four_rows; // from a row to the fourth after it
-        u32 place;     // of the first row
-        u32 runs_left; // of the row, from this lane's run on
+        const uint4* row; // the lane's first of the first tile
+        u32 at;           // from there on, in sixteen bytes
+        u32 runs_left;    // of the row, from this lane's run on
 
-        DEVICE_MEMBER void begin(const Dense& m, u32 tile, u32 step, u32 lane) {
-            const u32 at = lane / 8, of_row = lane % 8;
-            row = m.w + ((u64)(tile * TILE_ROWS + at) * m.n_runs + step * RUNS) * 4 + of_row;
-            four_rows = 16 * m.n_runs;
-            place = of_row / 4 * 64 + at * 4 + of_row % 4;
-            runs_left = m.n_runs - step * RUNS - of_row / 4;
+        DEVICE_MEMBER void enter(const Dense& m, u32 lane) { row = m.w + (u64)(lane / 8) * m.n_runs * 4 + lane % 8; }
+
+        // `like`: any matrix of these columns.
+        DEVICE_MEMBER void begin(const Dense& like, u32 tile, u32 step, u32 lane) {
+            at = tile * TILE_ROWS * like.n_runs * 4 + step * RUNS * 4;
+            runs_left = like.n_runs - step * RUNS - lane % 8 / 4;
         }
 
-        DEVICE_MEMBER void fetch(uint4* stage, u32) {
+        DEVICE_MEMBER void fetch(uint4* stage, const Dense& like, u32 lane) {
             // Of a last step that is one run, half of the lanes have nothing.
             const bool is_there = (int)runs_left > 0;
+            const uint4* from = row + at;
+            uint4* to = stage + lane % 8 / 4 * 64 + lane / 8 * 4 + lane % 4;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (is_there) copy_begin(stage + place + i * 16, row + i * four_rows);
+                if (is_there) copy_begin(to + i * 16, from + i * 16 * like.n_runs);
             }
-            row += WARPS * RUNS * 4;
+            at += WARPS * RUNS * 4;
             runs_left -= WARPS * RUNS;
-        }
-
-        // A line a lane: four of its rows, two steps at a time.
-        DEVICE_MEMBER void prefetch_steps(u32 n, u32 lane) const {
-            for (u32 step = lane % 8 / 4; step < min(n, 4); step += 2) {
-                prefetch(row - lane % 8 + lane % 4 * four_rows + step * WARPS * RUNS * 4);
-            }
         }
     };
 
     static DEVICE_MEMBER bool is_plain(const Dense& m, u32 begin, u32 end) { return begin % RUNS == 0 && end % RUNS == 0; }
-
-    static DEVICE_MEMBER float2 row_scales(const Dense&, u32, u32) { return {1.0f, 1.0f}; }
 
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply_run(float sums[TOKEN_TILES][4], const uint4* stage, int i, const Dense& m, const Made& x,

@@ -19,7 +19,7 @@ struct Fp8 {
 DEVICE u32 place_of_row(u32 row, u32 run) { return row * 8 + (2 * run ^ row % 4 * 2); }
 
 // A step is 128 bytes of each row.
-struct OfFp8 : TensorTokens {
+struct OfFp8 : TensorSums {
     typedef Fp8 Matrix;
     static constexpr u32 RUNS = STEP, LEN = TILE_ROWS * FP8_STEP_BYTES / 16;
     static constexpr bool TAKES_ONE = true;
@@ -36,28 +36,24 @@ struct OfFp8 : TensorTokens {
     // Eight lanes fetch a row of a step: whole lines.
     template <int WARPS>
     struct Cursor {
-        const uint4* row;
-        u32 four_rows; // from a row to the fourth after it
-        u32 place;     // of the first row
+        const uint4* row; // the lane's first of the first tile
+        u32 at;           // from there on, in sixteen bytes
 
-        DEVICE_MEMBER void begin(const Fp8& m, u32 tile, u32 step, u32 lane) {
-            const u32 at = lane / 8, of_row = lane % 8, n_steps = steps_of(m.n_runs * RUN);
-            row = m.w + ((u64)(tile * TILE_ROWS + at) * n_steps + step) * 8 + of_row;
-            four_rows = 4 * 8 * n_steps;
-            place = place_of_row(at, of_row / 2) + of_row % 2;
+        DEVICE_MEMBER void enter(const Fp8& m, u32 lane) {
+            row = m.w + (u64)(lane / 8) * steps_of(m.n_runs * RUN) * 8 + lane % 8;
         }
 
-        DEVICE_MEMBER void fetch(uint4* stage, u32) {
+        // `like`: any matrix of these columns.
+        DEVICE_MEMBER void begin(const Fp8& like, u32 tile, u32 step, u32) {
+            at = (tile * TILE_ROWS * steps_of(like.n_runs * RUN) + step) * 8;
+        }
+
+        DEVICE_MEMBER void fetch(uint4* stage, const Fp8& like, u32 lane) {
+            const uint4* from = row + at;
+            uint4* to = stage + place_of_row(lane / 8, lane % 8 / 2) + lane % 2;
 #pragma unroll
-            for (int i = 0; i < 4; i++) copy_begin(stage + place + i * 4 * 8, row + i * four_rows);
-            row += WARPS * 8;
-        }
-
-        // A line a lane: four of its rows, two steps at a time.
-        DEVICE_MEMBER void prefetch_steps(u32 n, u32 lane) const {
-            for (u32 step = lane % 8 / 4; step < min(n, 4); step += 2) {
-                prefetch(row - lane % 8 + lane % 4 * four_rows + step * WARPS * 8);
-            }
+            for (int i = 0; i < 4; i++) copy_begin(to + i * 4 * 8, from + i * 4 * 8 * steps_of(like.n_runs * RUN));
+            at += WARPS * 8;
         }
     };
 
@@ -65,9 +61,14 @@ struct OfFp8 : TensorTokens {
         return begin % STEP == 0 && (end % STEP == 0 || end == m.n_runs);
     }
 
-    static DEVICE_MEMBER float2 row_scales(const Fp8& m, u32 tile, u32 lane) {
-        const u32 row = tile * TILE_ROWS + lane / 4;
-        return {m.scales[row], m.scales[row + 8]};
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void finish(float sums[TOKEN_TILES][4], const Several<Fp8>& all, u32 matrix, u32 tile, u32 lane) {
+        const float* scales = (matrix == 2 ? all.of[2] : matrix == 1 ? all.of[1] : all.of[0]).scales + tile * TILE_ROWS + lane / 4;
+        const float of_row[2] = {scales[0], scales[8]};
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) {
+            for (int i = 0; i < 4; i++) sums[n][i] *= of_row[i / 2];
+        }
     }
 
     // The weights that a lane multiplies of run `i`, of rows g and g + 8: columns 4t and 4t + 2, 4t + 1 and 4t + 3, then the

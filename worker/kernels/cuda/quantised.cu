@@ -51,49 +51,50 @@ template <int BITS, int SCALES, int WARPS>
 struct IntegerCursor {
     typedef Stage<BITS, SCALES> At;
     static constexpr int N_REST = (At::LEN - At::QUANTS + 31) / 32; // of the other planes, counted through
-    const uint4* quants;
-    const uint4* rest[N_REST];
-    u32 strides[N_REST]; // 0: nothing
+    const uint4* quants;       // of the first step of the first tile
+    const uint4* rest[N_REST]; // the same, or of the first super-block
+    u32 units[N_REST];         // of a step, or of a super-block; 0: nothing. The highest bit: of a super-block.
+    u32 step, super;           // from the first tile's first on
 
-    DEVICE_MEMBER void begin(const Quantised& w, u32 tile, u32 step, u32 lane) {
-        const u32 n_steps = steps_of(w.n_runs * RUN), first = w.first_run + step * STEP, super = first / 8;
-        quants = (const uint4*)w.quants + ((u64)tile * n_steps + step) * At::QUANTS + lane;
+    DEVICE_MEMBER void enter(const Quantised& w, u32 lane) {
+        quants = (const uint4*)w.quants + lane;
 #pragma unroll
         for (int i = 0; i < N_REST; i++) {
             const u32 at = i * 32 + lane, of_scales = at - At::TOPS, of_supers = of_scales - At::SCALES_;
             rest[i] = quants;
-            strides[i] = 0;
+            units[i] = 0;
             if (At::TOPS > 0 && at < At::TOPS) {
-                rest[i] = (const uint4*)w.tops + ((u64)tile * n_steps + step) * At::TOPS + at;
-                strides[i] = WARPS * At::TOPS;
+                rest[i] = (const uint4*)w.tops + at;
+                units[i] = At::TOPS;
             } else if (of_scales < At::SCALES_) {
-                rest[i] = (const uint4*)w.scales + ((u64)tile * n_steps + step) * At::SCALES_ + of_scales;
-                strides[i] = WARPS * At::SCALES_;
-            } else if (At::SUPERS > 0 && of_supers < (first % 8 > 8 - STEP ? 2 : 1) * At::SUPERS) {
-                // The second of two is not read if it is not there: the planes end with a spare one.
-                rest[i] = (const uint4*)w.supers + ((u64)tile * w.n_supers + super) * At::SUPERS + of_supers;
-                strides[i] = WARPS * STEP / 8 * At::SUPERS;
+                rest[i] = (const uint4*)w.scales + of_scales;
+                units[i] = At::SCALES_;
+            } else if (At::SUPERS > 0 && of_supers < 2 * At::SUPERS) {
+                rest[i] = (const uint4*)w.supers + of_supers;
+                units[i] = At::SUPERS | 1u << 31;
             }
         }
     }
 
-    // Begins to fetch a step, and goes on to the next.
-    DEVICE_MEMBER void fetch(uint4* stage, u32 lane) {
-#pragma unroll
-        for (u32 i = 0; i < At::QUANTS; i += 32) copy_begin(stage + i + lane, quants + i);
-        quants += WARPS * At::QUANTS;
-#pragma unroll
-        for (int i = 0; i < N_REST; i++) {
-            if (strides[i]) copy_begin(stage + At::QUANTS + i * 32 + lane, rest[i]);
-            rest[i] += strides[i];
-        }
+    // `like`: any matrix of these columns.
+    DEVICE_MEMBER void begin(const Quantised& like, u32 tile, u32 of_tile, u32) {
+        step = tile * steps_of(like.n_runs * RUN) + of_tile;
+        super = tile * like.n_supers + (like.first_run + of_tile * STEP) / 8;
     }
 
-    // Of the quants, which are most of it, a line a lane.
-    DEVICE_MEMBER void prefetch_steps(u32 n, u32 lane) const {
-        constexpr u32 LINES = At::QUANTS / 8;
-        const u32 step = lane / LINES;
-        if (step < n) prefetch(quants - lane + lane % LINES * 8 + step * WARPS * At::QUANTS);
+    // Begins to fetch a step, and goes on to the next. The second of two super-blocks need not be there: the planes end with a
+    // spare one.
+    DEVICE_MEMBER void fetch(uint4* stage, const Quantised&, u32 lane) {
+        const uint4* from = quants + (u64)step * At::QUANTS;
+#pragma unroll
+        for (u32 i = 0; i < At::QUANTS; i += 32) copy_begin(stage + i + lane, from + i);
+#pragma unroll
+        for (int i = 0; i < N_REST; i++) {
+            const u32 unit = units[i] & 0xffffu, at = At::SUPERS > 0 && units[i] >> 31 ? super : step;
+            if (unit) copy_begin(stage + At::QUANTS + i * 32 + lane, rest[i] + (u64)at * unit);
+        }
+        step += WARPS;
+        super += WARPS * STEP / 8;
     }
 };
 
@@ -311,7 +312,7 @@ DEVICE void multiply_any_step(float sums[TOKEN_TILES][4], const uint4* stage, co
 }
 
 template <int BITS, int SCALES, int ZERO>
-struct OfIntegers : TensorTokens {
+struct OfIntegers : TensorSums {
     typedef Quantised Matrix;
     template <int WARPS>
     using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
@@ -322,8 +323,6 @@ struct OfIntegers : TensorTokens {
     static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
         return w.first_run % STEP == 0 && begin % STEP == 0 && (end % STEP == 0 || end == w.n_runs);
     }
-
-    static DEVICE_MEMBER float2 row_scales(const Quantised&, u32, u32) { return {1.0f, 1.0f}; }
 
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void multiply(float sums[TOKEN_TILES][4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
@@ -381,31 +380,77 @@ DEVICE int whole_of(u32 word, int byte) {
     return SCALES == HALVES ? (int)(signed char)(word >> 8 * byte) : (int)(u8)(word >> 8 * byte);
 }
 
-// Up to four tokens for each of GROUPS: bytes of weights with bytes of activations on tensor cores, whose columns are a
-// token's upper and lower bytes. Sums of a run, or of a step where a super-block has one scale for its runs, are integers.
-template <int BITS, int SCALES, int ZERO, int GROUPS>
+// Up to TOKENS tokens, one or four: bytes of weights with bytes of activations on tensor cores. Of a product's eight columns two
+// are a token's upper and lower bytes; where there is one token, two are those of each run of a step, so that every lane has
+// a run's sum to scale. Sums of a run, or of a step where a super-block has one scale for its runs, are integers.
+template <int BITS, int SCALES, int ZERO, int TOKENS>
 struct OfBytes {
     typedef Quantised Matrix;
     template <int WARPS>
     using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
-    static constexpr bool TAKES_ONE = GROUPS == 1;
+    static constexpr bool TAKES_ONE = TOKENS == 1;
 
     static DEVICE_MEMBER u32 token_of(u32 t, u32 i) { return t + 4 * i; }
+    // Of one token a lane's sums are those of its runs.
+    template <int TOKEN_TILES>
+    static DEVICE_MEMBER void finish(float sums[TOKEN_TILES][4], const Several<Quantised>&, u32, u32, u32) {
+        for (int row = 0; row < 2 && TOKENS == 1; row++) {
+            for (int mask = 2; mask > 0; mask /= 2) sums[0][2 * row] += shuffle_xor(sums[0][2 * row], mask);
+        }
+    }
     static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
         return OfIntegers<BITS, SCALES, ZERO>::is_plain(w, begin, end);
     }
-    static DEVICE_MEMBER float2 row_scales(const Quantised&, u32, u32) { return {1.0f, 1.0f}; }
 
     // Bytes of a step, four in a float, the sums of its half runs, and its scale.
     static DEVICE_MEMBER u32 made_floats(u32 columns) { return steps_of(columns) * (STEP_COLUMNS / 2 + 2 * STEP + 1); }
     static DEVICE_MEMBER Made made_at(const Made& like, float* place) {
         const u32 n_steps = steps_of(like.columns);
         Made made = {};
-        made.bytes = (uint4*)place, made.byte_sums = (int4*)(place + n_steps * (STEP_COLUMNS / 2));
+        made.bytes = (uint4*)place, made.byte_sums = (int2*)(place + n_steps * (STEP_COLUMNS / 2));
         made.byte_scales = place + n_steps * (STEP_COLUMNS / 2 + 2 * STEP);
         made.columns = like.columns, made.n_tokens = 1;
         return made;
+    }
+
+    // What runs gave the lane so far: of SUPER and HALVES integers, [row][upper, lower], else of each row in full.
+    struct Sums {
+        int whole[4], offset[2];
+        float of_row[2];
+    };
+
+    // Scales what a run gave, `product` and of HALVES `second`; `halves`: the sums of its activations.
+    static DEVICE_MEMBER void add_run(Sums& sums, const int product[4], const int second[4], int2 halves, const uint4* stage,
+                                      int run, u32 g) {
+        const u32 word = scales_word<BITS, SCALES>(stage, run, false, g);
+        const u32 of_min = SCALES == MIN ? scales_word<BITS, SCALES>(stage, run, true, g) : 0;
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            int* whole = sums.whole + 2 * row;
+            if (SCALES >= SUPER) {
+                const int by = whole_of<SCALES>(word, row), by_2 = whole_of<SCALES>(word, 2 + row);
+                whole[0] += product[2 * row] * by, whole[1] += product[2 * row + 1] * by;
+                if (SCALES == HALVES) whole[0] += second[2 * row] * by_2, whole[1] += second[2 * row + 1] * by_2;
+                sums.offset[row] += SCALES == SUPER ? (halves.x + halves.y) * by_2 : halves.x * by + halves.y * by_2;
+            } else {
+                const int sum = product[2 * row] * 128 + product[2 * row + 1] - ZERO * (halves.x + halves.y);
+                sums.of_row[row] = fmaf((float)sum, half_of(word, row), sums.of_row[row]);
+                if (SCALES == MIN) sums.of_row[row] = fmaf((float)(halves.x + halves.y), half_of(of_min, row), sums.of_row[row]);
+            }
+        }
+    }
+
+    // A super-block's integers to what they stand for.
+    static DEVICE_MEMBER void end_super(Sums& sums, uint2 super) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            int* whole = sums.whole + 2 * row;
+            const float sum = fmaf((float)whole[0], 128.0f, (float)whole[1]), d = half_of(super.x, row);
+            const float by = SCALES == SUPER ? -half_of(super.y, row) : -(float)ZERO * d;
+            sums.of_row[row] += fmaf(sum, d, (float)sums.offset[row] * by);
+            whole[0] = whole[1] = sums.offset[row] = 0;
+        }
     }
 
     // Adds the products of runs `begin` to `end` that are of the step. ARE_ALL: all of them are, and lie in one super-block.
@@ -413,69 +458,46 @@ struct OfBytes {
     static DEVICE_MEMBER void multiply_runs(float sums[4], const uint4* stage, const Quantised& w, const Made& x, u32 step,
                                             u32 begin, u32 end, u32 n_tokens, u32 lane) {
         const u32 g = lane / 4, t = lane % 4, n_steps = steps_of(x.columns), first = (w.first_run + step * STEP) % 8;
-        // Of the product's eight columns g is a token's upper or lower bytes; what it gives a lane is of another token. What is
-        // beyond the last token is not looked at.
-        u32 shown[GROUPS], mine[GROUPS];
-        int whole[GROUPS][4], offset[GROUPS][2];
-        float of_step[GROUPS][2];
-#pragma unroll
-        for (int n = 0; n < GROUPS; n++) {
-            shown[n] = (min(n * 4 + g / 2, n_tokens - 1) * n_steps + step) * 16 + g % 2 * 4 + t;
-            mine[n] = min(n * 4 + t, n_tokens - 1) * n_steps + step;
-            for (int j = 0; j < 4; j++) whole[n][j] = 0;
-            for (int row = 0; row < 2; row++) offset[n][row] = 0, of_step[n][row] = 0.0f;
-        }
-#pragma unroll(!ARE_ALL ? 1 : SCALES == HALVES && GROUPS == 2 ? 2 : STEP)
+        auto counts = [&](u32 run) { return ARE_ALL || (step * STEP + run >= begin && step * STEP + run < end); };
+        Sums all = {};
+        // Column g of the products, and what they give lane t. What is beyond the last token is not looked at.
+        const u32 shown = TOKENS == 1 ? step : min(g / 2, n_tokens - 1) * n_steps + step;
+        const u32 mine = TOKENS == 1 ? step : min(t, n_tokens - 1) * n_steps + step;
+        const uint2* b = (const uint2*)(x.bytes + shown * 16 + g % 2 * 4 + t);
+        const float scale = x.byte_scales[mine];
+        uint2 of_lane = {0, 0}; // the run that column g is of
+        if (TOKENS == 1 && counts(g / 2)) of_lane = b[g / 4 * 16 + g / 2 % 2];
+        int product[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
+#pragma unroll(ARE_ALL ? STEP : 1)
         for (int i = 0; i < STEP; i++) {
-            if (!ARE_ALL && (step * STEP + i < begin || step * STEP + i >= end)) continue;
+            if (!counts(i)) continue;
             const Bytes a = bytes_of<BITS, SCALES>(stage, i, lane);
-            const u32 word = scales_word<BITS, SCALES>(stage, i, false, g);
-            const u32 of_min = SCALES == MIN ? scales_word<BITS, SCALES>(stage, i, true, g) : 0;
+            uint2 q = {0, 0};
+            if (TOKENS > 1) {
+                q = b[i / 2 * 16 + i % 2];
+                for (int j = 0; j < 4; j++) product[j] = second[j] = 0;
+            } else if (g / 2 == i) {
+                q = of_lane;
+            }
+            if (SCALES == HALVES) {
+                mma_bytes(product, a.of[0][0], a.of[1][0], q.x);
+                mma_bytes(second, a.of[0][1], a.of[1][1], q.y);
+            } else {
+                mma_bytes(product, a.of[0][0], a.of[1][0], a.of[0][1], a.of[1][1], q.x, q.y);
+            }
+            if (TOKENS == 1) continue;
+            add_run(all, product, second, x.byte_sums[mine * STEP + i], stage, i, g);
             // A super-block's sums end with the step, or with its last run.
-            const bool ends = SCALES >= SUPER && (i == STEP - 1 || (!ARE_ALL && (first + i == 7 || step * STEP + i == end - 1)));
-            uint2 super = {0, 0};
-            if (ends) super = super_of<BITS, SCALES>(stage, ARE_ALL ? 0 : first, ARE_ALL ? 0 : i, g);
-#pragma unroll
-            for (int n = 0; n < GROUPS; n++) {
-                const uint4 q = x.bytes[shown[n] + i / 2 * 8];
-                const int4 halves = x.byte_sums[mine[n] * 2 + i / 2];
-                const int of_first = i % 2 ? halves.z : halves.x, of_second = i % 2 ? halves.w : halves.y;
-                const int of_run = of_first + of_second;
-                const u32 q_first = i % 2 ? q.z : q.x, q_second = i % 2 ? q.w : q.y;
-                int product[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
-                if (SCALES == HALVES) {
-                    mma_bytes(product, a.of[0][0], a.of[1][0], q_first);
-                    mma_bytes(second, a.of[0][1], a.of[1][1], q_second);
-                } else {
-                    mma_bytes(product, a.of[0][0], a.of[1][0], a.of[0][1], a.of[1][1], q_first, q_second);
-                }
-#pragma unroll
-                for (int row = 0; row < 2; row++) {
-                    int* of_row = whole[n] + 2 * row;
-                    if (SCALES >= SUPER) {
-                        const int by = whole_of<SCALES>(word, row), by_2 = whole_of<SCALES>(word, 2 + row);
-                        of_row[0] += product[2 * row] * by, of_row[1] += product[2 * row + 1] * by;
-                        if (SCALES == HALVES) of_row[0] += second[2 * row] * by_2, of_row[1] += second[2 * row + 1] * by_2;
-                        offset[n][row] += SCALES == SUPER ? of_run * by_2 : of_first * by + of_second * by_2;
-                    } else {
-                        const int sum = product[2 * row] * 128 + product[2 * row + 1] - ZERO * of_run;
-                        of_step[n][row] = fmaf((float)sum, half_of(word, row), of_step[n][row]);
-                        if (SCALES == MIN) of_step[n][row] = fmaf((float)of_run, half_of(of_min, row), of_step[n][row]);
-                    }
-                    if (ends) {
-                        const float sum = fmaf((float)of_row[0], 128.0f, (float)of_row[1]), d = half_of(super.x, row);
-                        const float by = SCALES == SUPER ? -half_of(super.y, row) : -(float)ZERO * d;
-                        of_step[n][row] += fmaf(sum, d, (float)offset[n][row] * by);
-                        of_row[0] = of_row[1] = offset[n][row] = 0;
-                    }
-                }
+            const bool ends = i == STEP - 1 || (!ARE_ALL && (first + i == 7 || step * STEP + i == end - 1));
+            if (SCALES >= SUPER && ends) {
+                end_super(all, super_of<BITS, SCALES>(stage, ARE_ALL ? 0 : first, ARE_ALL ? 0 : i, g));
             }
         }
-#pragma unroll
-        for (int n = 0; n < GROUPS; n++) {
-            const float scale = x.byte_scales[mine[n]];
-            for (int row = 0; row < 2; row++) sums[2 * row + n] = fmaf(of_step[n][row], scale, sums[2 * row + n]);
+        if (TOKENS == 1 && counts(t)) {
+            add_run(all, product, second, x.byte_sums[mine * STEP + t], stage, t, g);
+            if (SCALES >= SUPER) end_super(all, super_of<BITS, SCALES>(stage, ARE_ALL ? 0 : first, ARE_ALL ? 0 : t, g));
         }
+        for (int row = 0; row < 2; row++) sums[2 * row] = fmaf(all.of_row[row], scale, sums[2 * row]);
     }
 
     template <int TOKEN_TILES>
@@ -522,8 +544,9 @@ DEVICE void to_bf16(const Quantised& w, u16* out, u32 first_tile) {
     if (step * STEP >= w.n_runs) return;
     uint4* stage = (uint4*)shared_memory() + warp * Stage<BITS, SCALES>::LEN;
     IntegerCursor<BITS, SCALES, PACK_WARPS> cursor;
+    cursor.enter(w, lane);
     cursor.begin(w, first_tile + blockIdx.y, step, lane);
-    cursor.fetch(stage, lane);
+    cursor.fetch(stage, w, lane);
     copy_commit();
     copy_wait<0>();
     warp_sync();
@@ -556,8 +579,9 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
         warp_sync(); // the last step was read
         if (row < w.rows) {
             IntegerCursor<BITS, SCALES, PACK_WARPS> cursor;
+            cursor.enter(w, lane);
             cursor.begin(w, row / TILE_ROWS, step, lane);
-            cursor.fetch(stage, lane);
+            cursor.fetch(stage, w, lane);
         }
         copy_commit();
         copy_wait<0>();
@@ -579,12 +603,16 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
 
 #define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_4(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
+    linear_##FORMAT##_1(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
         stream<OfBytes<BITS, SCALES, ZERO, 1>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
     }                                                                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
+    linear_##FORMAT##_4(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
+        stream<OfBytes<BITS, SCALES, ZERO, 4>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
+    }                                                                                                                  \
+    KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
     linear_##FORMAT##_8(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
-        stream<OfBytes<BITS, SCALES, ZERO, 2>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
+        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
     }                                                                                                                  \
     KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                         \
     linear_##FORMAT##_32(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {              \

@@ -7,8 +7,8 @@
 #define TILE_ROWS 16
 // Of kernels for up to eight tokens, and for more: warps, threads, and blocks that a multiprocessor shall have room for. (For
 // few tokens, 8 to 12 warps were as fast as each other on an H200, and 16 slower.)
-#define FEW_WARPS 10
-#define FEW_THREADS 320
+#define FEW_WARPS 12
+#define FEW_THREADS 384
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 #define FEW_BLOCKS 1 // with two, registers would be spilled
 #else
@@ -22,18 +22,13 @@
 #define MANY_BLOCKS 2
 #endif
 // Sixteen bytes that a warp's ring has: three steps of any format.
-#define RING 488
+#define RING 408
 // Steps of a row that a warp keeps while it norms.
-#define NORMED_STEPS 4
+#define NORMED_STEPS 3
 // Floats that a block which norms adds up in, before its activations.
 #define NORM_PLACE 16
 
 #define MOST_MATRICES 3
-
-// As the products of tensor cores lie.
-struct TensorTokens {
-    static DEVICE_MEMBER u32 token_of(u32 t, u32 i) { return 2 * t + i; }
-};
 
 // Matrices of one format on one input, tile after tile. `first_tiles`: where the tiles of each begin; of those that are
 // not there, beyond the last; then how many there are.
@@ -53,20 +48,35 @@ struct Normed {
     float eps;
 };
 
-// The matrix that a tile is of, and where it goes. (An index would put all of them into local memory.)
-template <class Matrix>
-struct Chosen {
-    Matrix matrix;
-    float* out;
-    u32 tile;
+// Which matrix a tile is of, and which tiles are.
+struct Place {
+    u32 matrix, first, end;
 };
 
 template <class Matrix>
-DEVICE Chosen<Matrix> choose(const Several<Matrix>& all, u32 tile) {
-    if (tile >= all.first_tiles[2]) return {all.of[2], all.outs[2], tile - all.first_tiles[2]};
-    if (tile >= all.first_tiles[1]) return {all.of[1], all.outs[1], tile - all.first_tiles[1]};
-    return {all.of[0], all.outs[0], tile};
+DEVICE Place place_of(const Several<Matrix>& all, u32 tile) {
+    if (tile >= all.first_tiles[2]) return {2, all.first_tiles[2], all.n_tiles};
+    if (tile >= all.first_tiles[1]) return {1, all.first_tiles[1], min(all.first_tiles[2], all.n_tiles)};
+    return {0, 0, min(all.first_tiles[1], all.n_tiles)};
 }
+
+// The `at`-th of three. (An index would put all of them into local memory.)
+template <class Any>
+DEVICE Any pick(const Any of[MOST_MATRICES], u32 at) {
+    return at == 2 ? of[2] : at == 1 ? of[1] : of[0];
+}
+
+template <class Matrix>
+DEVICE u32 rows_of(const Several<Matrix>& all, u32 at) {
+    return at == 2 ? all.of[2].rows : at == 1 ? all.of[1].rows : all.of[0].rows;
+}
+
+// Sums that lie as the products of tensor cores do, and are done when all steps are.
+struct TensorSums {
+    static DEVICE_MEMBER u32 token_of(u32 t, u32 i) { return 2 * t + i; }
+    template <int TOKEN_TILES, class Matrix>
+    static DEVICE_MEMBER void finish(float[TOKEN_TILES][4], const Several<Matrix>&, u32, u32, u32) {}
+};
 
 // Waits for the row, then makes its activations in `place`, which is shared. Grid and `to` are of one token; all threads of
 // the block are here.
@@ -177,32 +187,35 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
     typename Of::template Cursor<WARPS> cursor;
     constexpr bool TURNS = TOKEN_TILES == 1; // of more there are no registers for them
     Turns<WARPS> turns = {warp, TURNS ? n_steps % WARPS : 0}, ahead_turns = turns;
+    Place ahead = {0, 0, 0};
     u32 ahead_tile = blockIdx.x, n_ahead = 0, ahead_at = 0;
     auto fetch_next = [&] {
         // A tile of whose steps none is this warp's is passed over.
         while (n_ahead == 0 && ahead_tile < all.n_tiles) {
             n_ahead = ahead_turns.share_of(n_steps);
-            const Chosen<typename Of::Matrix> ahead = choose(all, ahead_tile);
-            cursor.begin(ahead.matrix, ahead.tile, begin_step + ahead_turns.first, lane);
+            if (ahead_tile >= ahead.end) {
+                ahead = place_of(all, ahead_tile);
+                cursor.enter(pick(all.of, ahead.matrix), lane);
+            }
+            cursor.begin(all.of[0], ahead_tile - ahead.first, begin_step + ahead_turns.first, lane);
             ahead_turns.next();
             ahead_tile += gridDim.x;
             if (!TURNS) break; // then it has one of each, or of none
         }
         if (n_ahead > 0) {
-            cursor.fetch(ring + ahead_at, lane);
+            cursor.fetch(ring + ahead_at, all.of[0], lane);
             n_ahead -= 1;
             ahead_at = ahead_at == (DEPTH - 1) * Of::LEN ? 0 : ahead_at + Of::LEN;
         }
         copy_commit();
     };
     for (int i = 0; i < DEPTH - 1; i++) fetch_next();
-    cursor.prefetch_steps(n_ahead, lane); // memory shall not rest while this waits
     Made own;
     const Made& x = activations_of<Of, WARPS, TOKEN_TILES>(given, normed, own, place);
     u32 at = 0;
     for (u32 index = blockIdx.x; index < all.n_tiles; index += gridDim.x) {
-        const Chosen<typename Of::Matrix> chosen = choose(all, index);
-        const float2 scales = Of::row_scales(chosen.matrix, chosen.tile, lane);
+        const Place here = place_of(all, index);
+        const u32 tile = index - here.first;
         float sums[TOKEN_TILES][4];
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
@@ -214,19 +227,15 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
             warp_sync(); // all lanes' copies are there, and the step before was read
             fetch_next();
             if (IS_PLAIN) {
-                Of::template multiply<TOKEN_TILES>(sums, ring + at, chosen.matrix, x, step, first_token, n_tokens, lane);
+                Of::template multiply<TOKEN_TILES>(sums, ring + at, all.of[0], x, step, first_token, n_tokens, lane);
             } else {
-                Of::template multiply_any<TOKEN_TILES>(sums, ring + at, chosen.matrix, x, step, begin, end, first_token, n_tokens,
-                                                       lane);
+                Of::template multiply_any<TOKEN_TILES>(sums, ring + at, all.of[0], x, step, begin, end, first_token, n_tokens, lane);
             }
             at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++) {
-            for (int i = 0; i < 4; i++) sums[n][i] *= i / 2 ? scales.y : scales.x;
-        }
-        add_warps<Of, WARPS, TOKEN_TILES>(sums, place, turns.first, chosen.out, all.adds, chosen.tile, chosen.matrix.rows,
-                                          n_tokens);
+        Of::template finish<TOKEN_TILES>(sums, all, here.matrix, tile, lane);
+        add_warps<Of, WARPS, TOKEN_TILES>(sums, place, turns.first, pick(all.outs, here.matrix), all.adds, tile,
+                                             rows_of(all, here.matrix), n_tokens);
         turns.next();
     }
 }
@@ -235,10 +244,10 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
 // that share the tiles, tokens, parts. `parts`: where the runs of each part begin, and where the last ends. Shared: a ring a
 // warp, then what `add_warps` takes.
 //
-// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it (and asks for
-// up to so many of the steps that follow), how it is multiplied, which token of eight each sum of a lane is of, and what a
-// sum of rows g and g + 8 is multiplied with at last; if it TAKES_ONE token that is to be normed, where the activations that
-// it takes lie in shared memory, and how many floats they are. All matrices have the same columns.
+// `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, how it is
+// multiplied, what is left to do for a tile's sums, and which token of eight each of a lane's is of; if it TAKES_ONE token that
+// is to be normed, where the activations that it takes lie in shared memory, and how many floats they are. All matrices have
+// the same columns.
 template <class Of, int WARPS, int TOKEN_TILES>
 DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const Normed& normed, const u32* parts, u32 n_tokens) {
     const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];

@@ -339,7 +339,8 @@ pub fn attend(
     merging.0[..2].copy_from_slice(&[first_items.address(), parts.counts.address()]);
     merging.0[2..].copy_from_slice(to.made().words());
     let arguments = arguments.structure(&UnturnedWords(unturned)).structure(&merging);
-    let geometry = geometry.shared_floats(GROUP * (ATTEND_WARPS + head_dim + 1) + 2 * head_dim);
+    let of_warp = GROUP * (1 + head_dim + 4);
+    let geometry = geometry.shared_floats(ATTEND_WARPS * of_warp + 2 * head_dim);
     // SAFETY: as above; each row's slot is in the cache, or it has no items.
     unsafe { launch(device, kernels::ATTEND, geometry, arguments) }
 }

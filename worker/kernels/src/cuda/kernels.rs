@@ -12,7 +12,7 @@ const fn kernel(name: &'static str, threads: u32) -> Kernel {
 /// Threads of kernels that take a row, or numbers one by one.
 pub(super) const ROW_THREADS: usize = 256;
 /// Of those that multiply few tokens, and many.
-pub(super) const FEW_THREADS: usize = 320;
+pub(super) const FEW_THREADS: usize = 384;
 pub(super) const MANY_THREADS: usize = 256;
 /// Of those that look at each weight once: rows looked up, or turned to bf16, or multiplied plainly.
 pub(super) const PACK_THREADS: usize = 256;
@@ -48,9 +48,9 @@ pub(super) struct OfFormat {
 /// What multiplies with weights of a format.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Linear {
-    /// Tiles of rows on tensor cores: a block takes 4 tokens (of integers only), 8, or 32. `to_bf16`: what is
-    /// not bf16 already, for many.
-    Tiles { four: Option<Kernel>, few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
+    /// Tiles of rows on tensor cores: a block takes one token, or four (both of integers only), 8, or 32.
+    /// `to_bf16`: what is not bf16 already, for many.
+    Tiles { bytes: Option<[Kernel; 2]>, few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
     /// A warp takes a row and a token.
     Plain(Kernel),
 }
@@ -59,7 +59,10 @@ macro_rules! of_format {
     ($name:literal) => {
         of_format!(
             $name,
-            Some(kernel(concat!("linear_", $name, "_4"), FEW_THREADS as u32)),
+            Some([
+                kernel(concat!("linear_", $name, "_1"), FEW_THREADS as u32),
+                kernel(concat!("linear_", $name, "_4"), FEW_THREADS as u32),
+            ]),
             Some(kernel(concat!("to_bf16_", $name), PACK_THREADS as u32))
         )
     };
@@ -69,11 +72,11 @@ macro_rules! of_format {
             linear: Linear::Plain(kernel(concat!("linear_", $name), PACK_THREADS as u32)),
         }
     };
-    ($name:literal, $four:expr, $to_bf16:expr) => {
+    ($name:literal, $bytes:expr, $to_bf16:expr) => {
         OfFormat {
             embed: Some(kernel(concat!("embed_", $name), PACK_THREADS as u32)),
             linear: Linear::Tiles {
-                four: $four,
+                bytes: $bytes,
                 few: kernel(concat!("linear_", $name, "_8"), FEW_THREADS as u32),
                 many: kernel(concat!("linear_", $name, "_32"), MANY_THREADS as u32),
                 to_bf16: $to_bf16,
@@ -123,9 +126,8 @@ pub(super) fn all(shape: Shape) -> Vec<Kernel> {
         let OfFormat { embed, linear } = of_format(format);
         all.extend(embed);
         match linear {
-            Linear::Tiles { four, few, many, to_bf16 } => {
-                all.extend([few, many].into_iter().chain(four).chain(to_bf16))
-            }
+            Linear::Tiles { bytes, few, many, to_bf16 } => all
+                .extend([few, many].into_iter().chain(bytes.into_iter().flatten()).chain(to_bf16)),
             Linear::Plain(kernel) => all.push(kernel),
         }
     }

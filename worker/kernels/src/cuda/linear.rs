@@ -14,7 +14,7 @@ use crate::quant::blocks::RUN;
 
 /// Up to so many tokens a block takes one tile of tokens, beyond four.
 const FEW_TOKENS: usize = TOKEN_TILE;
-/// Up to so many tokens of bytes are one product of tensor cores, beyond two.
+/// Up to so many tokens meet integers as bytes.
 const BYTE_TOKENS: usize = TOKEN_TILE / 2;
 const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// The most tokens that kernels of this crate take where cublasLt could: with weights of bf16, which
@@ -22,13 +22,13 @@ const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 const MOST_DENSE_TOKENS: usize = 8;
 const MOST_OTHER_TOKENS: usize = 48;
 /// Floats of a warp's ring, and of a step at most: of eight bits (`stream.cu`, `quantised.cu`).
-const RING: usize = 4 * 488;
+const RING: usize = 4 * 408;
 const STAGE: usize = 4 * 136;
 /// Blocks that a multiprocessor has room for, of few tokens and of many.
 const FEW_BLOCKS: usize = 2;
 const MANY_BLOCKS: usize = 2;
 /// Steps of a row that a warp norms at most, and floats that a block adds up in meanwhile (`stream.cu`).
-const NORMED_STEPS: usize = 4;
+const NORMED_STEPS: usize = 3;
 const NORM_PLACE: usize = 16;
 /// Matrices that one launch takes.
 const MOST_MATRICES: usize = 3;
@@ -106,10 +106,10 @@ pub(super) fn route(matrix: &Matrix, n_tokens: usize, device: &Device) -> Route 
     match (&matrix.weights, kernels::of_format(matrix.format).linear) {
         (Weights::Quantised(_) | Weights::Fp8(_), _) if is_many(MOST_OTHER_TOKENS) => Route::Gemm,
         (Weights::Halves(_), Linear::Tiles { .. }) if is_many(MOST_DENSE_TOKENS) => Route::Gemm,
-        (Weights::Quantised(_), Linear::Tiles { four: Some(four), few, .. })
-            if n_tokens <= FEW_TOKENS =>
+        (Weights::Quantised(_), Linear::Tiles { bytes: Some([one, four]), .. })
+            if n_tokens <= BYTE_TOKENS =>
         {
-            Route::Bytes(if n_tokens <= BYTE_TOKENS { four } else { few })
+            Route::Bytes(if n_tokens <= 1 { one } else { four })
         }
         (Weights::Quantised(_) | Weights::Fp8(_), Linear::Tiles { few, many, .. }) => {
             Route::Halves(of(few, many))
@@ -506,15 +506,15 @@ mod tests {
     #[test]
     fn blocks_cover_tiles_tokens_and_parts() {
         for (n_tiles, n_tokens, n_parts, n_warps, grid) in [
-            (256, 1, 1, 10, [256, 1, 1]),
-            (257, 8, 2, 10, [132, 1, 2]),
+            (256, 1, 1, 12, [256, 1, 1]),
+            (257, 8, 2, 12, [132, 1, 2]),
             (1, 9, 1, 8, [1, 1, 1]),
             (100, 33, 3, 8, [44, 2, 3]),
-            (0, 5, 1, 10, [0, 1, 1]),
+            (0, 5, 1, 12, [0, 1, 1]),
         ] {
             let geometry = tile_grid(n_tiles, n_tokens, n_parts, 132);
             assert_eq!(geometry.grid, grid, "{n_tiles} {n_tokens} {n_parts}");
-            assert_eq!(geometry.shared_bytes, n_warps * (488 * 16 + 8 * 16 * 4));
+            assert_eq!(geometry.shared_bytes, n_warps * (408 * 16 + 8 * 16 * 4));
         }
     }
 }
