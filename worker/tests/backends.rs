@@ -157,7 +157,10 @@ fn check(
     let kv_format = KvFormat::F32;
     let kinds = [Kind::Reference, Kind::Cpu, cuda()];
     for (kind, tolerance) in kinds.map(|kind| (kind, tolerance(kind, format))) {
-        for (lens, chunk, threads) in [(&[1][..], 1, 1), (&[37, 20, 5], 16, 2), (&[33], 40, 2)] {
+        // One token, few, and many: cards have kernels for each.
+        for (lens, chunk, threads) in
+            [(&[1][..], 1, 1), (&[3], 3, 1), (&[37, 20, 5], 16, 2), (&[33], 40, 2)]
+        {
             let mut tokens =
                 |len: &usize| (0..*len).map(|_| rng.random_range(0..N_TOKENS as u32)).collect();
             let sequences: Vec<Vec<u32>> = lens.iter().map(&mut tokens).collect();

@@ -84,6 +84,8 @@ fn whole_models_of_every_format_agree_with_plain_tensors() {
         };
         // A prompt on tensor cores, a step of 34 tokens, and single tokens.
         check(&model, &[1], KvFormat::F16, 17, &[35, 18], tolerance);
+        // Six tokens, four, and one.
+        check(&model, &[1], KvFormat::F16, 3, &[7, 4], tolerance);
     }
 }
 
@@ -140,6 +142,11 @@ fn prompts_of_heads_of_any_number_and_size_agree_with_plain_tensors() {
 fn ranks_of_unequal_shares_agree_with_plain_tensors() {
     for shares in [&[1, 1][..], &[3, 1, 2]] {
         check(&TinyModel::default(), shares, KvFormat::F16, 5, &[12, 9], TOLERANCE);
+    }
+    // Cuts within what four tokens and one take at once of a row.
+    for format in [GgmlDType::Q4_0, GgmlDType::Q4K, GgmlDType::Q6K] {
+        let model = TinyModel { format, hidden: 256, ffn: 768, ..TinyModel::default() };
+        check(&model, &[3, 1, 2], KvFormat::F16, 2, &[5, 4], TOLERANCE);
     }
 }
 

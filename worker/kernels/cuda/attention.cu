@@ -15,30 +15,10 @@ struct Item {
     u32 position, first_block; // of the row, in its sequence and of that in the tables
 };
 
-// Four columns of attention, the `four`-th four of a row; whole warps are here, of which those with columns `is_there`.
-DEVICE void make_attended(const Made& to, u32 row, u32 four, float4 v, bool is_there) {
-#if HEAD_DIM % 128 == 0
-    if (to.bytes) { // whole steps: a scale of their own is at hand
-        make(to, row, four / 32, four % 32, v, is_there);
-        return;
-    }
-#endif
-    if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
-    // A mean of values of f16, below 2^16: one scale does for all, that of an exponent of 15.
-    if (to.halves) {
-        const float sum = v.x + v.y + v.z + v.w;
-        make_halves(to, row, four / 32, four % 32, v, 127 + 15, sum == sum, is_there);
-    }
-}
-
 #if KV_FORMAT == 0
 
 #define ATTEND_THREADS 128
 #define ATTEND_WARPS (ATTEND_THREADS / 32)
-// Floats between the sums of two queries: so that a warp's lanes meet all banks.
-#define SUMS (HEAD_DIM + 4)
-// That a multiprocessor shall have room for; large heads take more registers.
-#define ATTEND_BLOCKS (HEAD_DIM <= 128 ? 4 : 2)
 // Positions that a block of `attend` takes at once: a KV block a warp.
 #define SPLIT (ATTEND_WARPS * BLOCK_LEN)
 // Scores here are of base 2: queries come with a scale that log2(e) is part of.
@@ -147,67 +127,14 @@ DEVICE void attend_block_few(AttendingFew& at, u8* cache, u32 page, u32 first_po
     }
 }
 
-// Queries that are not turned yet, and the keys and values of their positions, which are not kept yet: of rows that stand
-// alone in their sequences. No keys: all that was done before.
-struct Unturned {
-    const float *k, *v, *angles;
-    const u32* slots;
-    u32 n_pairs, is_adjacent;
-};
-
-// Where attention goes if the last block of a row and KV head merges what all have found. `first_items`: where the items of
-// each row begin, and where the last end; `counts`: [row][KV head], zeros before and after. No counts: `merge_attended` does.
-struct Merging {
-    const u32* first_items;
-    u32* counts;
-    Made to;
-};
-
-// The parts of a row and head, which are items `first` to `end`, to attention, in order, by one warp, whose lanes have four
-// columns each of every 128.
-DEVICE void merge_parts(const Made& to, const float* parts, u32 first, u32 end, u32 row, u32 head, u32 n_heads, u32 lane) {
-    constexpr int N = (HEAD_DIM + 127) / 128;
-    float4 sums[N];
-    float top = MINUS_INFINITY, total = 0.0f;
-    for (int n = 0; n < N; n++) sums[n] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (; first < end; first += 32) {
-        const float* of_head = parts + ((u64)first * n_heads + head) * PART;
-        const u32 n_items = min(end - first, 32), stride = n_heads * PART;
-        // A lane sees to an item's weight.
-        float2 of_item = {MINUS_INFINITY, 0.0f};
-        if (lane < n_items) of_item = read_of_others((const float2*)(of_head + lane * stride + HEAD_DIM));
-        const float higher = fmaxf(top, warp_max(of_item.x)), worth = power_of_two(top - higher);
-        const float weight = power_of_two(of_item.x - higher);
-        top = higher;
-        total = fmaf(total, worth, warp_sum(of_item.y * weight));
-        for (int n = 0; n < N; n++) sums[n] = {sums[n].x * worth, sums[n].y * worth, sums[n].z * worth, sums[n].w * worth};
-#pragma unroll 8
-        for (u32 item = 0; item < n_items; item++) {
-            const float by = shuffle_from(weight, item);
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                if (n * 128 + lane * 4 >= HEAD_DIM) break;
-                const float4 v = read_of_others((const float4*)(of_head + item * stride) + n * 32 + lane);
-                sums[n] = {fmaf(v.x, by, sums[n].x), fmaf(v.y, by, sums[n].y), fmaf(v.z, by, sums[n].z), fmaf(v.w, by, sums[n].w)};
-            }
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        const float4 v = {sums[n].x / total, sums[n].y / total, sums[n].z / total, sums[n].w / total};
-        make_attended(to, row, head * (HEAD_DIM / 4) + n * 32 + lane, v, n * 128 + lane * 4 < HEAD_DIM);
-    }
-}
-
 // Of each item and query head of the KV head: the largest score, the sum of 2^(score - largest), and the values' sum with
 // those weights, not yet divided. Grid: items, KV heads. `heads`: where the query heads of each KV head begin, and where
 // the last end. `tables`: KV blocks of each sequence. `parts`: [item][head][PART].
 //
-// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], their sums [GROUP][SUMS] each, where
-// queries that are turned lie before, a key, angles.
-KERNEL_AT_LEAST(ATTEND_THREADS, ATTEND_BLOCKS)
+// Each warp takes a KV block of a split. Shared: the warps' largest [ATTEND_WARPS][GROUP], sums [GROUP][HEAD_DIM + 1].
+KERNEL(ATTEND_THREADS)
 attend(const float* q, u8* cache, const Item* items, const u32* tables, const u32* heads, float* parts, u32 n_heads,
-       u32 n_kv_heads, float scale, Unturned unturned, Merging merging) {
+       u32 n_kv_heads, float scale) {
     float* tops = (float*)shared_memory();
     float* place = tops + ATTEND_WARPS * GROUP;
     const Item item = items[blockIdx.x];
@@ -218,32 +145,13 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
     const u32 end = min((first_split + n_splits) * (SPLIT / BLOCK_LEN), position / BLOCK_LEN + 1);
     const u32 first_block = first_split * (SPLIT / BLOCK_LEN) + warp, first_page = first_block < end ? table[first_block] : 0;
     if (first_block < end) prefetch_page(cache, first_page * n_kv_heads + kv_head, lane);
-    float* of_key = place + ATTEND_WARPS * GROUP * SUMS;
-    Turn turn;
-    if (unturned.k) {
-        turn = turn_of(unturned.angles, position, unturned.n_pairs, unturned.is_adjacent, of_key + HEAD_DIM);
-        block_sync();
-    }
     depend();
     if (n_splits == 0) return; // it pads the bucket
-    if (unturned.k && warp == ATTEND_WARPS - 1 && end == position / BLOCK_LEN + 1) {
-        const u64 from = ((u64)item.row * n_kv_heads + kv_head) * HEAD_DIM;
-        turn_head(turn, unturned.k + from, of_key, lane);
-        keep_head(cache, unturned.slots[item.row], kv_head, n_kv_heads, of_key, unturned.v + from, lane);
-    }
     for (u32 first_head = heads[kv_head]; first_head < heads[kv_head + 1]; first_head += GROUP) {
         const u32 n_queries = min(GROUP, heads[kv_head + 1] - first_head);
         // The next block's page is known before this one is read.
         u32 block = first_block, page = first_page;
         const float* of_row = q + ((u64)item.row * n_heads + first_head) * HEAD_DIM;
-        if (unturned.k) {
-            if (first_head != heads[kv_head]) block_sync(); // the last heads' sums were read
-            for (u32 j = warp; j < n_queries; j += ATTEND_WARPS) {
-                turn_head(turn, of_row + j * HEAD_DIM, place + j * HEAD_DIM, lane);
-            }
-            block_sync();
-            of_row = place;
-        }
         AttendingFew at;
         start_few(at, g < n_queries ? of_row + g * HEAD_DIM : (const float*)0, scale * LOG2_E, t);
         for (; block < end; block += ATTEND_WARPS) {
@@ -254,7 +162,7 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
         for (int i = 0; i < 2; i++) {
             for (int mask = 4; mask < 32; mask *= 2) at.total[i] += shuffle_xor(at.total[i], mask);
         }
-        block_sync(); // the last heads' parts are written, and these queries were read
+        block_sync(); // the last heads' parts are written
         if (g == 0) tops[warp * GROUP + 2 * t] = at.top[0], tops[warp * GROUP + 2 * t + 1] = at.top[1];
         block_sync();
         float top[2], worth[2];
@@ -263,43 +171,36 @@ attend(const float* q, u8* cache, const Item* items, const u32* tables, const u3
             for (u32 w = 0; w < ATTEND_WARPS; w++) top[i] = fmaxf(top[i], tops[w * GROUP + 2 * t + i]);
             worth[i] = power_of_two(at.top[i] - top[i]); // 0 of a warp that saw nothing; the first always did
         }
-        float* mine = place + warp * GROUP * SUMS;
+        for (u32 w = 0; w < ATTEND_WARPS; w++) { // in order
+            if (w == warp) {
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 16; c++) {
-            for (int i = 0; i < 4; i++) mine[(2 * t + i % 2) * SUMS + c * 16 + i / 2 * 8 + g] = at.sums[c][i] * worth[i % 2];
+                for (int c = 0; c < HEAD_DIM / 16; c++) {
+                    for (int i = 0; i < 4; i++) {
+                        float* to = place + (2 * t + i % 2) * (HEAD_DIM + 1) + c * 16 + i / 2 * 8 + g;
+                        const float sum = at.sums[c][i] * worth[i % 2];
+                        *to = w == 0 ? sum : *to + sum;
+                    }
+                }
+                for (int i = 0; i < 2; i++) {
+                    float* to = place + (2 * t + i) * (HEAD_DIM + 1) + HEAD_DIM;
+                    const float total = at.total[i] * worth[i];
+                    if (g == 0) *to = w == 0 ? total : *to + total;
+                }
+            }
+            block_sync();
         }
-        for (int i = 0; i < 2; i++) {
-            if (g == 0) mine[(2 * t + i) * SUMS + HEAD_DIM] = at.total[i] * worth[i];
-        }
-        block_sync();
         float* part = parts + ((u64)blockIdx.x * n_heads + first_head) * PART;
-        auto sum_of = [&](u32 query, u32 column) {
-            float sum = 0.0f;
-            for (u32 w = 0; w < ATTEND_WARPS; w++) sum += place[(w * GROUP + query) * SUMS + column]; // in order
-            return sum;
-        };
         for (u32 i = threadIdx.x; i < n_queries * HEAD_DIM; i += ATTEND_THREADS) {
-            part[i / HEAD_DIM * PART + i % HEAD_DIM] = sum_of(i / HEAD_DIM, i % HEAD_DIM);
+            part[i / HEAD_DIM * PART + i % HEAD_DIM] = place[i / HEAD_DIM * (HEAD_DIM + 1) + i % HEAD_DIM];
         }
         if (warp == 0 && g == 0) {
             for (int i = 0; i < 2; i++) {
                 if (2 * t + i >= n_queries) continue;
                 part[(2 * t + i) * PART + HEAD_DIM] = top[i];
-                part[(2 * t + i) * PART + HEAD_DIM + 1] = sum_of(2 * t + i, HEAD_DIM);
+                part[(2 * t + i) * PART + HEAD_DIM + 1] = place[(2 * t + i) * (HEAD_DIM + 1) + HEAD_DIM];
             }
         }
     }
-    if (!merging.counts) return;
-    block_sync(); // all of this block's parts are written
-    u32* before = (u32*)tops;
-    if (threadIdx.x == 0) *before = arrive(merging.counts + item.row * n_kv_heads + kv_head);
-    block_sync();
-    const u32 first_item = merging.first_items[item.row], end_item = merging.first_items[item.row + 1];
-    if (*before + 1 < end_item - first_item) return;
-    for (u32 head = heads[kv_head] + warp; head < heads[kv_head + 1]; head += ATTEND_WARPS) {
-        merge_parts(merging.to, parts, first_item, end_item, item.row, head, n_heads, lane);
-    }
-    if (threadIdx.x == 0) merging.counts[item.row * n_kv_heads + kv_head] = 0;
 }
 
 #else
@@ -504,5 +405,17 @@ merge_attended(const float* parts, const u32* first_items, Made to, u32 n_heads)
         }
         v = {v.x / all, v.y / all, v.z / all, v.w / all};
     }
-    make_attended(to, row, head * (HEAD_DIM / 4) + threadIdx.x, v, is_there);
+    const u32 four = head * (HEAD_DIM / 4) + threadIdx.x;
+#if HEAD_DIM % 128 == 0
+    if (to.bytes) { // whole steps: a scale of their own is at hand
+        make(to, row, four / 32, four % 32, v, is_there);
+        return;
+    }
+#endif
+    if (is_there) make_floats(to, (u64)row * to.columns + four * 4, v);
+    // A mean of values of f16, below 2^16: one scale does for all, that of an exponent of 15.
+    if (to.halves) {
+        const float sum = v.x + v.y + v.z + v.w;
+        make_halves(to, row, four / 32, four % 32, v, 127 + 15, sum == sum, is_there);
+    }
 }

@@ -24,6 +24,8 @@ DEVICE float* scales_of(u8* cache, u32 page) { return (float*)(values_of(cache, 
 
 #define ROPE_THREADS 128
 #define ROPE_HEADS (ROPE_THREADS / 32)
+// Of a head's pairs of columns, a lane's.
+#define ROPE_PAIRS ((HEAD_DIM + 63) / 64)
 // A slot that is none: rows that pad a step to its bucket write nothing.
 #define NO_SLOT 0xffffffffu
 
@@ -47,54 +49,9 @@ DEVICE float keep_scale(float largest, float* scale, u32 lane) {
     return inverse;
 }
 
-// How far a token's pairs of columns are turned: cosines, then sines, which are shared.
-struct Turn {
-    const float* angles;
-    u32 n_pairs, is_adjacent;
-};
-
-// All threads of the block fetch it to `place`; they meet before they use it. `angles`: [position][cosines, sines].
-DEVICE Turn turn_of(const float* angles, u32 position, u32 n_pairs, u32 is_adjacent, float* place) {
-    for (u32 i = threadIdx.x; i < 2 * n_pairs; i += blockDim.x) place[i] = angles[(u64)position * 2 * n_pairs + i];
-    return {place, n_pairs, is_adjacent};
-}
-
-// A head, its first pairs turned, to `x`, which is shared. All lanes of a warp are here.
-DEVICE void turn_head(const Turn& turn, const float* in, float* x, u32 lane) {
-    for (u32 i = lane; i < HEAD_DIM; i += 32) x[i] = in[i];
-    warp_sync();
-    for (u32 i = lane; i < turn.n_pairs; i += 32) {
-        const u32 a = turn.is_adjacent ? 2 * i : i, b = turn.is_adjacent ? 2 * i + 1 : i + turn.n_pairs;
-        const float cosine = turn.angles[i], sine = turn.angles[turn.n_pairs + i], x_a = x[a], x_b = x[b];
-        x[a] = x_a * cosine - x_b * sine;
-        x[b] = x_a * sine + x_b * cosine;
-    }
-    warp_sync();
-}
-
-// Keys `x` and values `v` of a head to its slot. All lanes of a warp are here.
-DEVICE void keep_head(u8* cache, u32 slot, u32 kv_head, u32 n_kv_heads, const float* x, const float* v, u32 lane) {
-    const u32 page = slot / BLOCK_LEN * n_kv_heads + kv_head, at = slot % BLOCK_LEN;
-    float k_inverse = 0.0f, v_inverse = 0.0f;
-#if KV_FORMAT == 2
-    float k_largest = 0.0f, v_largest = 0.0f;
-    for (u32 i = lane; i < HEAD_DIM; i += 32) {
-        k_largest = fmaxf(k_largest, fabsf(x[i]));
-        v_largest = fmaxf(v_largest, fabsf(v[i]));
-    }
-    k_inverse = keep_scale(k_largest, scales_of(cache, page) + at, lane);
-    v_inverse = keep_scale(v_largest, scales_of(cache, page) + BLOCK_LEN + at, lane);
-#endif
-    Kept *keys = keys_of(cache, page), *values = values_of(cache, page);
-    for (u32 i = lane; i < HEAD_DIM; i += 32) {
-        keys[at * HEAD_DIM + i] = kept(x[i], k_inverse);
-        values[i * BLOCK_LEN + at] = kept(v[i], v_inverse);
-    }
-}
-
 // Rotates the first `n_pairs` pairs of columns of each head: queries in place, keys on their way to their slots, where values
-// go too. A warp a token and head, the query heads first, then the KV heads. Shared: a head's columns for each warp,
-// and angles.
+// go too. A warp a token and head, the query heads first, then the KV heads. `angles`: [position][cosines, sines]. Shared: a
+// head's columns for each warp.
 KERNEL(ROPE_THREADS)
 rope_kv(float* q, const float* k, const float* v, const u32* positions, const u32* slots, const float* angles, u8* cache,
         u32 n_heads, u32 n_kv_heads, u32 n_pairs, u32 is_adjacent) {
@@ -102,17 +59,47 @@ rope_kv(float* q, const float* k, const float* v, const u32* positions, const u3
     const bool is_query = head < n_heads;
     // Where the token stands, no kernel writes.
     const u32 kv_head = head - n_heads, slot = is_query ? NO_SLOT : slots[token];
-    float* place = (float*)shared_memory();
-    const Turn turn = turn_of(angles, positions[token], n_pairs, is_adjacent, place + ROPE_HEADS * HEAD_DIM);
+    const float* turn = angles + (u64)positions[token] * 2 * n_pairs;
+    float cosines[ROPE_PAIRS], sines[ROPE_PAIRS];
+#pragma unroll
+    for (u32 i = 0; i < ROPE_PAIRS; i++) {
+        const u32 at = i * 32 + lane;
+        if (at < n_pairs) cosines[i] = turn[at], sines[i] = turn[n_pairs + at];
+    }
     depend();
-    block_sync();
     if (head >= n_heads + n_kv_heads || (!is_query && slot == NO_SLOT)) return;
     const u64 from = ((u64)token * (is_query ? n_heads : n_kv_heads) + (is_query ? head : kv_head)) * HEAD_DIM;
-    float* x = place + warp * HEAD_DIM;
-    turn_head(turn, (is_query ? q : k) + from, x, lane);
+    const float* in = (is_query ? q : k) + from;
+    float* x = (float*)shared_memory() + warp * HEAD_DIM;
+    for (u32 i = lane; i < HEAD_DIM; i += 32) x[i] = in[i];
+    warp_sync();
+#pragma unroll
+    for (u32 i = 0; i < ROPE_PAIRS; i++) {
+        const u32 at = i * 32 + lane, a = is_adjacent ? 2 * at : at, b = is_adjacent ? 2 * at + 1 : at + n_pairs;
+        if (at >= n_pairs) break;
+        const float x_a = x[a], x_b = x[b];
+        x[a] = x_a * cosines[i] - x_b * sines[i];
+        x[b] = x_a * sines[i] + x_b * cosines[i];
+    }
+    warp_sync();
     if (is_query) {
         for (u32 i = lane; i < HEAD_DIM; i += 32) q[from + i] = x[i];
         return;
     }
-    keep_head(cache, slot, kv_head, n_kv_heads, x, v + from, lane);
+    const u32 page = slot / BLOCK_LEN * n_kv_heads + kv_head, at = slot % BLOCK_LEN;
+    float k_inverse = 0.0f, v_inverse = 0.0f;
+#if KV_FORMAT == 2
+    float k_largest = 0.0f, v_largest = 0.0f;
+    for (u32 i = lane; i < HEAD_DIM; i += 32) {
+        k_largest = fmaxf(k_largest, fabsf(x[i]));
+        v_largest = fmaxf(v_largest, fabsf(v[from + i]));
+    }
+    k_inverse = keep_scale(k_largest, scales_of(cache, page) + at, lane);
+    v_inverse = keep_scale(v_largest, scales_of(cache, page) + BLOCK_LEN + at, lane);
+#endif
+    Kept *keys = keys_of(cache, page), *values = values_of(cache, page);
+    for (u32 i = lane; i < HEAD_DIM; i += 32) {
+        keys[at * HEAD_DIM + i] = kept(x[i], k_inverse);
+        values[i * BLOCK_LEN + at] = kept(v[from + i], v_inverse);
+    }
 }

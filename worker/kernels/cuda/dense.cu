@@ -13,7 +13,6 @@ struct Dense {
 struct OfBf16Rows : TensorSums {
     typedef Dense Matrix;
     static constexpr u32 RUNS = 2, LEN = 4 * 32;
-    static constexpr bool TAKES_ONE = true;
 
     static DEVICE_MEMBER u32 made_floats(u32 columns) { return columns; }
     static DEVICE_MEMBER Made made_at(const Made& like, float* place) {
@@ -96,13 +95,18 @@ struct OfBf16Rows : TensorSums {
 };
 
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
-linear_bf16_8(Several<Dense> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
-    stream<OfBf16Rows, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);
+linear_bf16_1(Several<Dense> all, Made x, const u32* parts, u32 n_tokens, Normed normed) {
+    stream<OfBf16Rows, FEW_WARPS, 1, true>(all, x, parts, n_tokens, normed);
+}
+
+KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
+linear_bf16_8(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
+    stream<OfBf16Rows, FEW_WARPS, 1>(all, x, parts, n_tokens);
 }
 
 KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)
-linear_bf16_32(Several<Dense> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
-    stream<OfBf16Rows, MANY_WARPS, 4>(all, x, normed, parts, n_tokens);
+linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
+    stream<OfBf16Rows, MANY_WARPS, 4>(all, x, parts, n_tokens);
 }
 
 struct OfF32 {

@@ -48,16 +48,6 @@ DEVICE void copy_wait() {
 // Asks for what lies there, so that it is near when it is read: it may be read before `depend`, whoever writes it.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Adds one to a number that other blocks add to; what it was. To be called by one thread when its block is done: what the
-// block wrote is there for who finds that it was the last, by `read_of_others`.
-DEVICE u32 arrive(u32* count) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
-    return before;
-}
-DEVICE float2 read_of_others(const float2* at) { return __ldcg(at); }
-DEVICE float4 read_of_others(const float4* at) { return __ldcg(at); }
-
 // Four bytes of x, by the digits of `which`, the lowest first; 4 is a zero.
 DEVICE u32 pick_bytes(u32 x, u32 which) { return __byte_perm(x, 0, which); }
 
@@ -67,9 +57,6 @@ DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 // The value of the lane whose number differs in the bits of `mask`. All 32 lanes of a warp take part.
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-
-// The value of lane `from`; all 32 take part.
-DEVICE float shuffle_from(float x, u32 from) { return __shfl_sync(0xffffffffu, x, from); }
 
 // Whether it is so in any lane of the warp; all 32 take part.
 DEVICE bool any_of_warp(bool is_so) { return __any_sync(0xffffffffu, is_so); }

@@ -286,10 +286,6 @@ DEVICE void depend() {}
 
 DEVICE void prefetch(const void*) {}
 
-DEVICE u32 arrive(u32* count) { return __atomic_fetch_add(count, 1, __ATOMIC_ACQ_REL); }
-DEVICE float2 read_of_others(const float2* at) { return *at; }
-DEVICE float4 read_of_others(const float4* at) { return *at; }
-
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
 
 DEVICE u32 pick_bytes(u32 x, u32 which) {
@@ -306,11 +302,6 @@ DEVICE float float_of(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 
 DEVICE u32 shuffle_xor(u32 x, int mask) { return emulator::exchange(&x, 1)[emulator::lane() ^ mask][0]; }
 DEVICE float shuffle_xor(float x, int mask) { return float_of(shuffle_xor(bits_of(x), mask)); }
-
-DEVICE float shuffle_from(float x, u32 from) {
-    const u32 bits = bits_of(x);
-    return float_of(emulator::exchange(&bits, 1)[from][0]);
-}
 
 DEVICE bool any_of_warp(bool is_so) {
     const u32 word = is_so;

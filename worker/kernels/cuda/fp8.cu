@@ -22,7 +22,6 @@ DEVICE u32 place_of_row(u32 row, u32 run) { return row * 8 + (2 * run ^ row % 4 
 struct OfFp8 : TensorSums {
     typedef Fp8 Matrix;
     static constexpr u32 RUNS = STEP, LEN = TILE_ROWS * FP8_STEP_BYTES / 16;
-    static constexpr bool TAKES_ONE = true;
 
     // Halves of a step, two in a float, then its scale, which a tile of eight tokens has.
     static DEVICE_MEMBER u32 made_floats(u32 columns) { return steps_of(columns) * (STEP_COLUMNS / 2 + 8); }
@@ -133,13 +132,18 @@ struct OfFp8 : TensorSums {
 };
 
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
-linear_fp8_8(Several<Fp8> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
-    stream<OfFp8, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);
+linear_fp8_1(Several<Fp8> all, Made x, const u32* parts, u32 n_tokens, Normed normed) {
+    stream<OfFp8, FEW_WARPS, 1, true>(all, x, parts, n_tokens, normed);
+}
+
+KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
+linear_fp8_8(Several<Fp8> all, Made x, const u32* parts, u32 n_tokens) {
+    stream<OfFp8, FEW_WARPS, 1>(all, x, parts, n_tokens);
 }
 
 KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)
-linear_fp8_32(Several<Fp8> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {
-    stream<OfFp8, MANY_WARPS, 4>(all, x, normed, parts, n_tokens);
+linear_fp8_32(Several<Fp8> all, Made x, const u32* parts, u32 n_tokens) {
+    stream<OfFp8, MANY_WARPS, 4>(all, x, parts, n_tokens);
 }
 
 // Rows of a matrix as bf16, which holds them exactly: out[row - first row][column]. Grid: 256 fours of columns, rows.

@@ -85,13 +85,13 @@ struct IntegerCursor {
     // Begins to fetch a step, and goes on to the next. The second of two super-blocks need not be there: the planes end with a
     // spare one.
     DEVICE_MEMBER void fetch(uint4* stage, const Quantised&, u32 lane) {
-        const uint4* from = quants + (u64)step * At::QUANTS;
+        const uint4* from = quants + step * At::QUANTS;
 #pragma unroll
         for (u32 i = 0; i < At::QUANTS; i += 32) copy_begin(stage + i + lane, from + i);
 #pragma unroll
         for (int i = 0; i < N_REST; i++) {
             const u32 unit = units[i] & 0xffffu, at = At::SUPERS > 0 && units[i] >> 31 ? super : step;
-            if (unit) copy_begin(stage + At::QUANTS + i * 32 + lane, rest[i] + (u64)at * unit);
+            if (unit) copy_begin(stage + At::QUANTS + i * 32 + lane, rest[i] + at * unit);
         }
         step += WARPS;
         super += WARPS * STEP / 8;
@@ -317,7 +317,6 @@ struct OfIntegers : TensorSums {
     template <int WARPS>
     using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
-    static constexpr bool TAKES_ONE = false;
 
     // Whether all steps are as `multiply_step` takes them.
     static DEVICE_MEMBER bool is_plain(const Quantised& w, u32 begin, u32 end) {
@@ -389,7 +388,6 @@ struct OfBytes {
     template <int WARPS>
     using Cursor = IntegerCursor<BITS, SCALES, WARPS>;
     static constexpr u32 LEN = Stage<BITS, SCALES>::LEN, RUNS = STEP;
-    static constexpr bool TAKES_ONE = TOKENS == 1;
 
     static DEVICE_MEMBER u32 token_of(u32 t, u32 i) { return t + 4 * i; }
     // Of one token a lane's sums are those of its runs.
@@ -603,20 +601,20 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
 
 #define QUANTISED_KERNELS(FORMAT, BITS, SCALES, ZERO)                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_1(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
-        stream<OfBytes<BITS, SCALES, ZERO, 1>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
+    linear_##FORMAT##_1(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens, Normed normed) {               \
+        stream<OfBytes<BITS, SCALES, ZERO, 1>, FEW_WARPS, 1, true>(all, x, parts, n_tokens, normed);                   \
     }                                                                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_4(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
-        stream<OfBytes<BITS, SCALES, ZERO, 4>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
+    linear_##FORMAT##_4(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
+        stream<OfBytes<BITS, SCALES, ZERO, 4>, FEW_WARPS, 1>(all, x, parts, n_tokens);                                 \
     }                                                                                                                  \
     KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)                                                                           \
-    linear_##FORMAT##_8(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {               \
-        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, normed, parts, n_tokens);                         \
+    linear_##FORMAT##_8(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                              \
+        stream<OfIntegers<BITS, SCALES, ZERO>, FEW_WARPS, 1>(all, x, parts, n_tokens);                                 \
     }                                                                                                                  \
     KERNEL_AT_LEAST(MANY_THREADS, MANY_BLOCKS)                                                                         \
-    linear_##FORMAT##_32(Several<Quantised> all, Made x, Normed normed, const u32* parts, u32 n_tokens) {              \
-        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, normed, parts, n_tokens);                        \
+    linear_##FORMAT##_32(Several<Quantised> all, Made x, const u32* parts, u32 n_tokens) {                             \
+        stream<OfIntegers<BITS, SCALES, ZERO>, MANY_WARPS, 4>(all, x, parts, n_tokens);                                \
     }                                                                                                                  \
     KERNEL(PACK_THREADS)                                                                                               \
     to_bf16_##FORMAT(Quantised w, u16* out, u32 first_tile) {                                                          \

@@ -21,8 +21,10 @@
 #else
 #define MANY_BLOCKS 2
 #endif
-// Sixteen bytes that a warp's ring has: three steps of any format.
-#define RING 408
+// Sixteen bytes that a warp's ring has, of one token and of more: three steps of any format, and two, for then activations
+// are to stay in the cache that lies beside shared memory.
+#define ONE_RING 408
+#define RING 288
 // Steps of a row that a warp keeps while it norms.
 #define NORMED_STEPS 3
 // Floats that a block which norms adds up in, before its activations.
@@ -130,13 +132,13 @@ DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, u32 first,
         float* to = out + ((u64)blockIdx.z * n_tokens + token) * rows + row;
         const float before = is_mine && adds ? *to : 0.0f;
         block_sync();
-        for (int i = 0; i < 4; i++) {
-            place[(first * 8 + Of::token_of(t, i % 2)) * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
-        }
+        float* mine = place + (first * 8 + Of::token_of(t, 0)) * TILE_ROWS + g;
+        const u32 next = (Of::token_of(0, 1) - Of::token_of(0, 0)) * TILE_ROWS;
+        for (int i = 0; i < 4; i++) mine[i % 2 * next + i / 2 * 8] = sums[n][i];
         block_sync();
         if (is_mine) {
             float sum = 0.0f;
-            for (int i = 0; i < WARPS; i++) sum += place[(i * 8 + token_of_tile) * TILE_ROWS + row_of_tile];
+            for (int i = 0; i < WARPS; i++) sum += place[i * 8 * TILE_ROWS + threadIdx.x];
             *to = before + sum;
         }
     }
@@ -144,9 +146,9 @@ DEVICE void add_warps(const float sums[TOKEN_TILES][4], float* place, u32 first,
 
 // What a block multiplies, once it is there: what was `given`, or its `own` of a row to be normed, which then lies in front of
 // what is left of `place`.
-template <class Of, int WARPS, int TOKEN_TILES>
+template <class Of, int WARPS, bool IS_ONE>
 DEVICE const Made& activations_of(const Made& given, const Normed& normed, Made& own, float*& place) {
-    if constexpr (Of::TAKES_ONE && TOKEN_TILES == 1) {
+    if constexpr (IS_ONE) {
         own = given;
         if (normed.row) {
             own = norm_here<Of, WARPS>(normed, given, place);
@@ -173,19 +175,19 @@ struct Turns {
     DEVICE_MEMBER u32 share_of(u32 n) const { return (n + WARPS - 1 - first) / WARPS; }
 };
 
-// A block's share of a launch, of steps of one kind: IS_PLAIN if all are.
-template <class Of, int WARPS, int TOKEN_TILES, bool IS_PLAIN>
+// A block's share of a launch, of steps of one kind: IS_PLAIN if all are. IS_ONE: there is one token.
+template <class Of, int WARPS, int TOKEN_TILES, bool IS_ONE, bool IS_PLAIN>
 DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& given, const Normed& normed, u32 begin, u32 end,
                          u32 n_tokens) {
-    constexpr int DEPTH = RING / Of::LEN;
-    static_assert(DEPTH >= 3, "two steps under way while another is multiplied");
+    constexpr int RING_LEN = IS_ONE ? ONE_RING : RING, DEPTH = RING_LEN / Of::LEN;
+    static_assert(DEPTH >= 2, "a step under way while another is multiplied");
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
     const u32 begin_step = begin / Of::RUNS, end_step = (end + Of::RUNS - 1) / Of::RUNS, n_steps = end_step - begin_step;
-    uint4* ring = (uint4*)shared_memory() + warp * RING;
-    float* place = (float*)((uint4*)shared_memory() + WARPS * RING);
+    uint4* ring = (uint4*)shared_memory() + warp * RING_LEN;
+    float* place = (float*)((uint4*)shared_memory() + WARPS * RING_LEN);
     // What is fetched next.
     typename Of::template Cursor<WARPS> cursor;
-    constexpr bool TURNS = TOKEN_TILES == 1; // of more there are no registers for them
+    constexpr bool TURNS = IS_ONE; // of more tokens there are no registers for them
     Turns<WARPS> turns = {warp, TURNS ? n_steps % WARPS : 0}, ahead_turns = turns;
     Place ahead = {0, 0, 0};
     u32 ahead_tile = blockIdx.x, n_ahead = 0, ahead_at = 0;
@@ -211,7 +213,7 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
     };
     for (int i = 0; i < DEPTH - 1; i++) fetch_next();
     Made own;
-    const Made& x = activations_of<Of, WARPS, TOKEN_TILES>(given, normed, own, place);
+    const Made& x = activations_of<Of, WARPS, IS_ONE>(given, normed, own, place);
     u32 at = 0;
     for (u32 index = blockIdx.x; index < all.n_tiles; index += gridDim.x) {
         const Place here = place_of(all, index);
@@ -245,15 +247,16 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
 // warp, then what `add_warps` takes.
 //
 // `Of` says of a kind of weights what a step is: RUNS of it, its LEN in sixteen bytes, a cursor that fetches it, how it is
-// multiplied, what is left to do for a tile's sums, and which token of eight each of a lane's is of; if it TAKES_ONE token that
-// is to be normed, where the activations that it takes lie in shared memory, and how many floats they are. All matrices have
-// the same columns.
-template <class Of, int WARPS, int TOKEN_TILES>
-DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const Normed& normed, const u32* parts, u32 n_tokens) {
+// multiplied, what is left to do for a tile's sums, and which token of eight each of a lane's is of; of one token that is to be
+// normed, where the activations that it takes lie in shared memory, and how many floats they are. All matrices have the same
+// columns.
+template <class Of, int WARPS, int TOKEN_TILES, bool IS_ONE = false>
+DEVICE void stream(const Several<typename Of::Matrix>& all, const Made& x, const u32* parts, u32 n_tokens,
+                   const Normed& normed = {}) {
     const u32 begin = parts[blockIdx.z], end = parts[blockIdx.z + 1];
     if (Of::is_plain(all.of[0], begin, end)) {
-        stream_steps<Of, WARPS, TOKEN_TILES, true>(all, x, normed, begin, end, n_tokens);
+        stream_steps<Of, WARPS, TOKEN_TILES, IS_ONE, true>(all, x, normed, begin, end, n_tokens);
     } else {
-        stream_steps<Of, WARPS, TOKEN_TILES, false>(all, x, normed, begin, end, n_tokens);
+        stream_steps<Of, WARPS, TOKEN_TILES, IS_ONE, false>(all, x, normed, begin, end, n_tokens);
     }
 }

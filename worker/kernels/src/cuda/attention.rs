@@ -1,7 +1,7 @@
 //! The paged cache of keys and values on a device, what writes to it, and attention over it.
 
 use super::activations::{Forms, Making, STEP_COLUMNS};
-use super::launch::{Arguments, Geometry, Words};
+use super::launch::{Arguments, Geometry};
 use super::memory::Buffer;
 use super::rows::launch;
 use super::source::Shape;
@@ -23,7 +23,7 @@ pub const fn tile_vectors(head_dim: usize) -> usize {
     if head_dim <= 128 { 128 } else { 64 }
 }
 
-/// Whether [`attend`] makes these forms. Those of integers take a scale for 128 columns, which must be one
+/// Whether [`merge`] makes these forms. Those of integers take a scale for 128 columns, which must be one
 /// head's.
 #[must_use]
 pub fn merges_to(forms: Forms, shape: Shape) -> bool {
@@ -170,15 +170,6 @@ pub struct Rope<'a> {
     pub is_adjacent: bool,
 }
 
-/// Keys and values that [`attend`] is to keep on its way, and turn its queries: `[rows, n_kv_heads,
-/// head_dim]`, as [`rope_kv`] takes them.
-#[derive(Debug, Clone, Copy)]
-pub struct Unturned<'a> {
-    pub k: &'a Buffer<f32>,
-    pub v: &'a Buffer<f32>,
-    pub rope: Rope<'a>,
-}
-
 /// Rotates queries in place, and writes rotated keys and values to their slots. q: `[rows, n_heads,
 /// head_dim]`; k, v: `[rows, n_kv_heads, head_dim]`.
 ///
@@ -211,9 +202,9 @@ pub fn rope_kv(
         .number(rope.n_pairs)
         .number(usize::from(rope.is_adjacent));
     let n_blocks = (n_heads + cache.n_kv_heads).div_ceil(ROPE_HEADS);
-    let geometry = Geometry::new(n_rows, n_blocks, 1).shared_floats((ROPE_HEADS + 1) * head_dim);
+    let geometry = Geometry::new(n_rows, n_blocks, 1).shared_floats(ROPE_HEADS * head_dim);
     // SAFETY: a warp a row and head, within the lengths asserted; positions and slots as `Rows`
-    // says; angles of as many columns as a head has, at most.
+    // says.
     unsafe { launch(cache.pages.device(), kernels::ROPE_KV, geometry, arguments) }
 }
 
@@ -227,25 +218,22 @@ pub const fn part_len(head_dim: usize) -> usize {
 #[derive(Debug)]
 pub struct Parts {
     numbers: Buffer<f32>, // [item][head][part_len]
-    counts: Buffer<u32>,  // [row][KV head], zeros between launches
     max_items: usize,
 }
 
 impl Parts {
-    /// For so many rows and items.
+    /// For so many items.
     ///
     /// # Errors
     /// Too little memory.
     pub fn new(
         device: &Device,
-        [max_rows, max_items]: [usize; 2],
-        [n_heads, n_kv_heads]: [usize; 2],
+        max_items: usize,
+        n_heads: usize,
         head_dim: usize,
     ) -> Result<Self, Error> {
         let numbers = device.buffer(max_items * n_heads * part_len(head_dim))?;
-        let counts = device.buffer(max_rows * n_kv_heads)?;
-        counts.clear()?;
-        Ok(Self { numbers, counts, max_items })
+        Ok(Self { numbers, max_items })
     }
 }
 
@@ -265,27 +253,7 @@ impl Queries<'_> {
     }
 }
 
-/// Up to three words and two numbers, or nothing: `Unturned` of the kernels.
-struct UnturnedWords([u64; 5]);
-
-impl Words for UnturnedWords {
-    fn words(&self) -> &[u64] {
-        &self.0
-    }
-}
-
-/// `Merging` of the kernels.
-struct Merging([u64; 12]);
-
-impl Words for Merging {
-    fn words(&self) -> &[u64] {
-        &self.0
-    }
-}
-
-/// Causal attention of the rows that have items, each over the splits of its own. `items`: [`Item`]s as
-/// words; `first_items`: where the items of each row begin, and where the last end. `unturned`: of a
-/// cache in f16, where each row stands alone in its sequence.
+/// Causal attention of rows, each over the splits of its items. `items`: [`Item`]s as words.
 ///
 /// # Errors
 /// The device failed.
@@ -294,19 +262,16 @@ impl Words for Merging {
 /// If shapes disagree.
 pub fn attend(
     queries: Queries<'_>,
-    unturned: Option<Unturned<'_>>,
     rows: Rows<'_>,
-    [items, first_items]: [View<'_, u32>; 2],
+    items: View<'_, u32>,
     cache: &KvCache,
     parts: &Parts,
-    to: Making<'_>,
 ) -> Result<(), Error> {
     queries.check(rows, cache);
     let (n_items, head_dim) = (items.len / WORDS, cache.shape.head_dim);
     let Heads { starts, n_heads, n_kv_heads } = queries.heads;
     assert!(n_items <= parts.max_items);
     assert!(parts.numbers.len() >= n_items * n_heads * part_len(head_dim));
-    assert!(first_items.len == to.n_tokens + 1 && to.columns == n_heads * head_dim);
     let arguments = Arguments::new()
         .memory(queries.q)
         .memory(&cache.pages)
@@ -317,41 +282,34 @@ pub fn attend(
         .number(*n_heads)
         .number(*n_kv_heads)
         .float(queries.scale);
-    let geometry = Geometry::new(n_items, *n_kv_heads, 1);
-    let device = cache.pages.device();
-    if cache.shape.kv_format != Format::F16 {
-        assert!(unturned.is_none(), "keys and values to be kept otherwise");
-        let of_queries = GROUP * (head_dim + split_len(cache.shape.kv_format) + 3);
-        let geometry = geometry.shared_floats(of_queries + PLAIN_WARPS * head_dim);
-        // SAFETY: rows, items and blocks are in their buffers, as `Rows` says; parts hold the items.
-        unsafe { launch(device, kernels::ATTEND_PLAIN, geometry, arguments) }?;
-        return merge(parts, first_items, queries.heads, to);
-    }
-    let unturned = unturned.map_or([0; 5], |Unturned { k, v, rope }| {
-        let n = to.n_tokens * n_kv_heads * head_dim;
-        assert!(k.len().min(v.len()) >= n && rows.slots.len == to.n_tokens);
-        assert!(2 * rope.n_pairs <= head_dim, "more pairs than columns");
-        let shape = rope.n_pairs as u64 | u64::from(rope.is_adjacent) << 32;
-        [k.address(), v.address(), rope.angles.address(), rows.slots.address(), shape]
-    });
-    assert!(parts.counts.len() >= to.n_tokens * n_kv_heads, "rows beyond the parts'");
-    let mut merging = Merging([0; 12]);
-    merging.0[..2].copy_from_slice(&[first_items.address(), parts.counts.address()]);
-    merging.0[2..].copy_from_slice(to.made().words());
-    let arguments = arguments.structure(&UnturnedWords(unturned)).structure(&merging);
-    let of_warp = GROUP * (1 + head_dim + 4);
-    let geometry = geometry.shared_floats(ATTEND_WARPS * of_warp + 2 * head_dim);
-    // SAFETY: as above; each row's slot is in the cache, or it has no items.
-    unsafe { launch(device, kernels::ATTEND, geometry, arguments) }
+    let (kernel, shared) = match cache.shape.kv_format {
+        Format::F16 => (kernels::ATTEND, GROUP * (ATTEND_WARPS + head_dim + 1)),
+        Format::F32 | Format::Int8 => {
+            let split = split_len(cache.shape.kv_format);
+            let of_queries = GROUP * (head_dim + split + 3);
+            (kernels::ATTEND_PLAIN, of_queries + PLAIN_WARPS * head_dim)
+        }
+    };
+    let geometry = Geometry::new(n_items, *n_kv_heads, 1).shared_floats(shared);
+    // SAFETY: rows, items and blocks are in their buffers, as `Rows` says; parts hold the items.
+    unsafe { launch(cache.pages.device(), kernel, geometry, arguments) }
 }
 
-/// What `attend_plain` found, to attention.
-fn merge(
+/// What [`attend`] found, to attention: of the rows that have items. `first_items`: where the items
+/// of each row begin, and where the last end.
+///
+/// # Errors
+/// The device failed.
+///
+/// # Panics
+/// If shapes disagree.
+pub fn merge(
     parts: &Parts,
     first_items: View<'_, u32>,
     heads: &Heads,
     to: Making<'_>,
 ) -> Result<(), Error> {
+    assert_eq!(first_items.len, to.n_tokens + 1);
     let head_dim = to.columns / heads.n_heads.max(1);
     let arguments = Arguments::new()
         .memory(&parts.numbers)

@@ -48,9 +48,9 @@ pub(super) struct OfFormat {
 /// What multiplies with weights of a format.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Linear {
-    /// Tiles of rows on tensor cores: a block takes one token, or four (both of integers only), 8, or 32.
-    /// `to_bf16`: what is not bf16 already, for many.
-    Tiles { bytes: Option<[Kernel; 2]>, few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
+    /// Tiles of rows on tensor cores: a block takes one token, four (of integers only), 8, or 32. `to_bf16`:
+    /// what is not bf16 already, for many.
+    Tiles { one: Kernel, four: Option<Kernel>, few: Kernel, many: Kernel, to_bf16: Option<Kernel> },
     /// A warp takes a row and a token.
     Plain(Kernel),
 }
@@ -59,10 +59,7 @@ macro_rules! of_format {
     ($name:literal) => {
         of_format!(
             $name,
-            Some([
-                kernel(concat!("linear_", $name, "_1"), FEW_THREADS as u32),
-                kernel(concat!("linear_", $name, "_4"), FEW_THREADS as u32),
-            ]),
+            Some(kernel(concat!("linear_", $name, "_4"), FEW_THREADS as u32)),
             Some(kernel(concat!("to_bf16_", $name), PACK_THREADS as u32))
         )
     };
@@ -72,11 +69,12 @@ macro_rules! of_format {
             linear: Linear::Plain(kernel(concat!("linear_", $name), PACK_THREADS as u32)),
         }
     };
-    ($name:literal, $bytes:expr, $to_bf16:expr) => {
+    ($name:literal, $four:expr, $to_bf16:expr) => {
         OfFormat {
             embed: Some(kernel(concat!("embed_", $name), PACK_THREADS as u32)),
             linear: Linear::Tiles {
-                bytes: $bytes,
+                one: kernel(concat!("linear_", $name, "_1"), FEW_THREADS as u32),
+                four: $four,
                 few: kernel(concat!("linear_", $name, "_8"), FEW_THREADS as u32),
                 many: kernel(concat!("linear_", $name, "_32"), MANY_THREADS as u32),
                 to_bf16: $to_bf16,
@@ -126,8 +124,9 @@ pub(super) fn all(shape: Shape) -> Vec<Kernel> {
         let OfFormat { embed, linear } = of_format(format);
         all.extend(embed);
         match linear {
-            Linear::Tiles { bytes, few, many, to_bf16 } => all
-                .extend([few, many].into_iter().chain(bytes.into_iter().flatten()).chain(to_bf16)),
+            Linear::Tiles { one, four, few, many, to_bf16 } => {
+                all.extend([one, few, many].into_iter().chain(four).chain(to_bf16))
+            }
             Linear::Plain(kernel) => all.push(kernel),
         }
     }

@@ -9,7 +9,6 @@ use super::memory::Buffer;
 use super::rows::{assert_together, launch};
 use super::{Device, Error, View};
 use crate::matrix::TILE_ROWS;
-use crate::quant::Format;
 use crate::quant::blocks::RUN;
 
 /// Up to so many tokens a block takes one tile of tokens, beyond four.
@@ -21,8 +20,10 @@ const MANY_TOKENS: usize = 4 * TOKEN_TILE;
 /// it takes as they are, and with others, which are first turned to bf16.
 const MOST_DENSE_TOKENS: usize = 8;
 const MOST_OTHER_TOKENS: usize = 48;
-/// Floats of a warp's ring, and of a step at most: of eight bits (`stream.cu`, `quantised.cu`).
-const RING: usize = 4 * 408;
+/// Floats of a warp's ring, of one token and of more, and of a step at most: of eight bits (`stream.cu`,
+/// `quantised.cu`).
+const ONE_RING: usize = 4 * 408;
+const RING: usize = 4 * 288;
 const STAGE: usize = 4 * 136;
 /// Blocks that a multiprocessor has room for, of few tokens and of many.
 const FEW_BLOCKS: usize = 2;
@@ -102,23 +103,28 @@ pub(super) enum Route {
 
 pub(super) fn route(matrix: &Matrix, n_tokens: usize, device: &Device) -> Route {
     let is_many = |most| n_tokens > most && device.driver().has_gemm();
-    let of = |few, many| if n_tokens <= FEW_TOKENS { few } else { many };
-    match (&matrix.weights, kernels::of_format(matrix.format).linear) {
-        (Weights::Quantised(_) | Weights::Fp8(_), _) if is_many(MOST_OTHER_TOKENS) => Route::Gemm,
-        (Weights::Halves(_), Linear::Tiles { .. }) if is_many(MOST_DENSE_TOKENS) => Route::Gemm,
-        (Weights::Quantised(_), Linear::Tiles { bytes: Some([one, four]), .. })
-            if n_tokens <= BYTE_TOKENS =>
-        {
-            Route::Bytes(if n_tokens <= 1 { one } else { four })
-        }
-        (Weights::Quantised(_) | Weights::Fp8(_), Linear::Tiles { few, many, .. }) => {
-            Route::Halves(of(few, many))
-        }
-        (Weights::Halves(_), Linear::Tiles { few, many, .. }) => Route::Dense(of(few, many)),
-        (Weights::Halves(_) | Weights::Floats(_), Linear::Plain(kernel)) => Route::Plain(kernel),
-        (Weights::Quantised(_) | Weights::Fp8(_), Linear::Plain(_))
-        | (Weights::Floats(_), Linear::Tiles { .. }) => {
-            unreachable!("integers, FP8 and bf16 have tiles, f32 has none")
+    let (weights, linear) = (&matrix.weights, kernels::of_format(matrix.format).linear);
+    let is_gemm = match weights {
+        Weights::Quantised(_) | Weights::Fp8(_) => is_many(MOST_OTHER_TOKENS),
+        Weights::Halves(_) => is_many(MOST_DENSE_TOKENS),
+        Weights::Floats(_) => false,
+    };
+    match linear {
+        Linear::Plain(kernel) => Route::Plain(kernel),
+        Linear::Tiles { .. } if is_gemm => Route::Gemm,
+        Linear::Tiles { one, four, few, many, .. } => {
+            let kernel = match (n_tokens, four) {
+                (..=1, _) => one,
+                (..=BYTE_TOKENS, Some(four)) => four,
+                (..=FEW_TOKENS, _) => few,
+                _ => many,
+            };
+            match weights {
+                Weights::Quantised(_) if n_tokens <= BYTE_TOKENS => Route::Bytes(kernel),
+                Weights::Quantised(_) | Weights::Fp8(_) => Route::Halves(kernel),
+                Weights::Halves(_) => Route::Dense(kernel),
+                Weights::Floats(_) => unreachable!("f32 has no tiles"),
+            }
         }
     }
 }
@@ -182,23 +188,20 @@ pub fn takes_normed<'a>(
     device: &Device,
 ) -> bool {
     let takes = |weight: &Matrix| {
-        let is_for_one = match route(weight, n_tokens, device) {
-            Route::Bytes(_) | Route::Dense(_) => true,
-            Route::Halves(_) => weight.format == Format::Fp8,
-            Route::Gemm | Route::Plain(_) => false,
-        };
+        let has_tiles = !matches!(route(weight, n_tokens, device), Route::Plain(_));
         let n_steps = weight.columns.div_ceil(STEP_COLUMNS);
-        let most = Geometry::MOST_SHARED / 4 - shared_floats(FEW_THREADS / 32);
-        is_for_one
+        let most = Geometry::MOST_SHARED / 4 - shared_floats(1);
+        has_tiles
             && n_steps <= NORMED_STEPS * FEW_THREADS / 32
             && normed_floats(weight.columns) <= most
     };
     n_tokens == 1 && weights.into_iter().all(takes)
 }
 
-/// What a block shares of a ring a warp, and for adding up what the warps have.
-const fn shared_floats(n_warps: usize) -> usize {
-    n_warps * (RING + TOKEN_TILE * TILE_ROWS)
+/// What a block shares: a ring a warp, and a place for adding up what the warps have.
+const fn shared_floats(n_tokens: usize) -> usize {
+    let n_warps = if n_tokens <= FEW_TOKENS { FEW_THREADS } else { MANY_THREADS } / 32;
+    n_warps * (if n_tokens <= 1 { ONE_RING } else { RING } + TOKEN_TILE * TILE_ROWS)
 }
 
 /// What a block that norms shares beside it, at most: of bf16, two numbers a column.
@@ -328,18 +331,19 @@ fn tiles(made: Making<'_>, kernel: Kernel, projections: &[Projection<'_>]) -> Re
     let normed = made.normed.map_or([0; 3], |Normed { row, weight, eps }| {
         [row.address(), weight.address(), eps.to_bits().into()]
     });
-    let arguments = Arguments::new()
+    let mut arguments = Arguments::new()
         .structure(&several)
         .structure(&made.made())
-        .structure(&NormedWords(normed))
         .memory(&parts.on_device)
         .number(made.n_tokens);
+    if made.n_tokens <= 1 {
+        arguments = arguments.structure(&NormedWords(normed));
+    }
     let device = projections[0].out.device();
     let n_multiprocessors = device.driver().n_multiprocessors();
     let mut geometry = tile_grid(several.n_tiles, made.n_tokens, parts.len(), n_multiprocessors);
     if made.normed.is_some() {
-        let n_floats = shared_floats(FEW_THREADS / 32) + normed_floats(made.columns);
-        geometry = geometry.shared_floats(n_floats);
+        geometry = geometry.shared_floats(shared_floats(1) + normed_floats(made.columns));
     }
     // SAFETY: planes of the weights' own shapes, rows of bf16 padded to whole tiles; activations of
     // their columns, made or to be made of a row of them; outputs of the asserted sizes.
@@ -353,14 +357,14 @@ fn tile_grid(
     n_parts: usize,
     n_multiprocessors: usize,
 ) -> Geometry {
-    let (of_block, n_threads, n_blocks) = match n_tokens <= FEW_TOKENS {
-        true => (FEW_TOKENS, FEW_THREADS, FEW_BLOCKS),
-        false => (MANY_TOKENS, MANY_THREADS, MANY_BLOCKS),
+    let (of_block, n_blocks) = match n_tokens <= FEW_TOKENS {
+        true => (FEW_TOKENS, FEW_BLOCKS),
+        false => (MANY_TOKENS, MANY_BLOCKS),
     };
     let n_groups = n_tokens.div_ceil(of_block);
     let n_sharing = (n_blocks * n_multiprocessors).div_ceil((n_groups * n_parts).max(1));
     let geometry = Geometry::new(n_tiles.min(n_sharing), n_groups, n_parts);
-    geometry.shared_floats(shared_floats(n_threads / 32))
+    geometry.shared_floats(shared_floats(n_tokens))
 }
 
 fn plain(made: Making<'_>, kernel: Kernel, projection: Projection<'_>) -> Result<(), Error> {
@@ -505,16 +509,16 @@ mod tests {
 
     #[test]
     fn blocks_cover_tiles_tokens_and_parts() {
-        for (n_tiles, n_tokens, n_parts, n_warps, grid) in [
-            (256, 1, 1, 12, [256, 1, 1]),
-            (257, 8, 2, 12, [132, 1, 2]),
-            (1, 9, 1, 8, [1, 1, 1]),
-            (100, 33, 3, 8, [44, 2, 3]),
-            (0, 5, 1, 12, [0, 1, 1]),
+        for (n_tiles, n_tokens, n_parts, n_warps, ring, grid) in [
+            (256, 1, 1, 12, 408, [256, 1, 1]),
+            (257, 8, 2, 12, 288, [132, 1, 2]),
+            (1, 9, 1, 8, 288, [1, 1, 1]),
+            (100, 33, 3, 8, 288, [44, 2, 3]),
+            (0, 5, 1, 12, 288, [0, 1, 1]),
         ] {
             let geometry = tile_grid(n_tiles, n_tokens, n_parts, 132);
             assert_eq!(geometry.grid, grid, "{n_tiles} {n_tokens} {n_parts}");
-            assert_eq!(geometry.shared_bytes, n_warps * (408 * 16 + 8 * 16 * 4));
+            assert_eq!(geometry.shared_bytes, n_warps * (ring * 16 + 8 * 16 * 4));
         }
     }
 }

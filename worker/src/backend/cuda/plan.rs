@@ -39,8 +39,6 @@ pub(super) struct Sizes {
     pub(super) n_samples: usize,
     pub(super) n_items: usize,
     pub(super) n_tiles: usize,
-    /// Whether each row stands alone in its sequence.
-    pub(super) is_single: bool,
 }
 
 /// Where each kind of word begins. All of a step's words are one upload.
@@ -60,7 +58,7 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn of(sizes: Sizes) -> Self {
-        let Sizes { n_tokens, n_samples, n_items, n_tiles, .. } = sizes;
+        let Sizes { n_tokens, n_samples, n_items, n_tiles } = sizes;
         let items = 0; // first, for they are aligned to four words
         let tiles = items + WORDS * n_items;
         let tokens = tiles + WORDS * n_tiles;
@@ -104,7 +102,6 @@ impl Plan {
             n_samples: bounds.max_samples,
             n_items: bounds.max_items,
             n_tiles: bounds.max_tokens * bounds.group.max(1),
-            is_single: false,
         };
         Layout::of(sizes).tables + max_table_blocks
     }
@@ -125,13 +122,8 @@ impl Plan {
         let is_row = |&row: &u32| (row as usize) < n_tokens;
         assert!(batch.sample_rows.iter().all(is_row), "sampled rows are the step's");
         self.divide(batch, bounds);
-        let mut sizes = Sizes {
-            n_tokens,
-            n_samples,
-            n_items: self.items.len(),
-            n_tiles: self.tiles.len(),
-            is_single: batch.spans.iter().all(|span| span.n_rows == 1),
-        };
+        let mut sizes =
+            Sizes { n_tokens, n_samples, n_items: self.items.len(), n_tiles: self.tiles.len() };
         if pads {
             sizes = padded(sizes, bounds);
         }
@@ -218,7 +210,7 @@ impl Plan {
             to.fill(rest);
             to.iter_mut().zip(values).for_each(|(to, value)| *to = value);
         };
-        let Sizes { n_tokens, n_samples, n_items, n_tiles, .. } = sizes;
+        let Sizes { n_tokens, n_samples, n_items, n_tiles } = sizes;
         put(layout.items, WORDS * n_items, &mut items.iter().flat_map(|item| item.words()), 0);
         put(layout.tiles, WORDS * n_tiles, &mut tiles.iter().flat_map(|tile| tile.words()), 0);
         // Rows that pad are of token 0 at position 0, are written nowhere, and attend to nothing.
@@ -240,12 +232,12 @@ fn tiled(span: &Span, bounds: &Bounds) -> bool {
 
 /// To the step's bucket.
 fn padded(sizes: Sizes, bounds: &Bounds) -> Sizes {
-    let Sizes { n_tokens, n_samples, n_items, .. } = sizes;
+    let Sizes { n_tokens, n_samples, n_items, n_tiles } = sizes;
     Sizes {
         n_tokens: bucket(n_tokens).min(bounds.max_tokens),
         n_samples: bucket(n_samples).min(bounds.max_samples),
         n_items: n_items.next_power_of_two().min(bounds.max_items),
-        ..sizes
+        n_tiles,
     }
 }
 

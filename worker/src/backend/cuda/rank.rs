@@ -168,12 +168,7 @@ impl Rank {
             activations: Activations::new(&device, bounds.max_tokens.max(max_samples), widest)?,
             attended: match n_heads {
                 0 => None,
-                n => Some(attention::Parts::new(
-                    &device,
-                    [bounds.max_tokens, bounds.max_items],
-                    [n, program.n_kv_heads],
-                    shape.head_dim,
-                )?),
+                n => Some(attention::Parts::new(&device, bounds.max_items, n, shape.head_dim)?),
             },
             linear: linear::Scratch::new(&device, widest)?,
             sampled: device.buffer(max_samples * widest)?,

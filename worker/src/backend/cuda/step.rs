@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use evener_collective::{Collective, Tag};
 use evener_kernels::cuda::activations::{self, Forms, Making, Normed};
-use evener_kernels::cuda::attention::{self, Queries, Rows, Unturned, WORDS};
+use evener_kernels::cuda::attention::{self, Queries, Rows, WORDS};
 use evener_kernels::cuda::linear::{self, Projection, embed};
 use evener_kernels::cuda::matrix::Matrix;
 use evener_kernels::cuda::{Error as DeviceError, rows};
@@ -12,7 +12,7 @@ use evener_kernels::cuda::{Error as DeviceError, rows};
 use super::plan::{Layout, Sizes};
 use super::rank::{Prepared, Rank};
 use super::sums::Sums;
-use crate::backend::{Error, KvFormat};
+use crate::backend::Error;
 use crate::model::program::{BufferId, Op};
 
 /// How often an op is launched to be timed: its time, not that of a launch, shall count.
@@ -91,8 +91,8 @@ impl Step<'_> {
         let mut times = Vec::new();
         for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
             let Some(label) = self.label(op) else { continue };
-            if self.normed(index).is_some() || self.turns_with_attention(index) {
-                continue; // in the time of the op behind it
+            if self.normed(index).is_some() {
+                continue; // in the time of the products
             }
             self.launch(index, op)?;
             device.synchronise()?;
@@ -144,9 +144,6 @@ impl Step<'_> {
             }
             Op::Linear { .. } | Op::LinearParts { .. } => self.linear(index, op),
             Op::RopeKv { q, k, v, layer, rope } => {
-                if self.turns_with_attention(index) {
-                    return Ok(());
-                }
                 let head_dim = weights.program.head_dim;
                 let n_heads = weights.columns(*q) / head_dim;
                 let cache = &self.rank.caches[*layer];
@@ -158,7 +155,7 @@ impl Step<'_> {
                     unreachable!("prepared by its op")
                 };
                 let queries = Queries { q: buffer(q), heads, scale: *scale };
-                self.attend(index, queries, *layer, self.making(index, *out))
+                self.attend(queries, *layer, self.making(index, *out))
             }
             Op::SiluGate { gate, up, out } => {
                 activations::silu_gate(buffer(gate), buffer(up), self.making(index, *out))
@@ -265,33 +262,8 @@ impl Step<'_> {
         linear::linear(from, columns, n_tokens, made, &scratch.linear, &projections)
     }
 
-    /// Whether what op `index`, which turns queries and keeps keys and values, would do is left to the
-    /// attention behind it: where no row sees another's of this step.
-    fn turns_with_attention(&self, index: usize) -> bool {
-        let Sizes { n_items, n_tiles, is_single, .. } = self.sizes;
-        let ops = &self.rank.weights.program.ops;
-        let is_next = match (&ops[index], ops.get(index + 1)) {
-            (Op::RopeKv { q, layer, .. }, Some(Op::Attention { q: of, layer: in_, .. })) => {
-                q == of && layer == in_
-            }
-            _ => false,
-        };
-        let is_f16 = self.rank.shape.kv_format == KvFormat::F16;
-        is_next && is_f16 && is_single && n_items > 0 && n_tiles == 0
-    }
-
-    fn unturned(&self, index: usize) -> Option<Unturned<'_>> {
-        let before = index.checked_sub(1).filter(|&before| self.turns_with_attention(before))?;
-        let Op::RopeKv { k, v, rope, .. } = &self.rank.weights.program.ops[before] else {
-            unreachable!("what turns is this op")
-        };
-        let [k, v] = [k, v].map(|&id| self.rank.buffer(id));
-        Some(Unturned { k, v, rope: self.rank.angles.of(rope) })
-    }
-
     fn attend(
         &self,
-        index: usize,
         queries: Queries<'_>,
         layer: usize,
         to: Making<'_>,
@@ -305,8 +277,8 @@ impl Step<'_> {
             let items = words.view(self.layout.items, WORDS * n_items);
             let first_items = words.view(self.layout.first_items, n_tokens + 1);
             let parts = self.rank.scratch.attended.as_ref().expect("there is attention");
-            let (unturned, items) = (self.unturned(index), [items, first_items]);
-            attention::attend(queries, unturned, self.rows(), items, cache, parts, first)?;
+            attention::attend(queries, self.rows(), items, cache, parts)?;
+            attention::merge(parts, first_items, queries.heads, first)?;
         }
         if n_tiles > 0 {
             let tiles = words.view(self.layout.tiles, WORDS * n_tiles);
