@@ -35,6 +35,31 @@ impl fmt::Display for Shares {
     }
 }
 
+/// What each rank's memory reads, in GB/s, `4300:50`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reads(pub Vec<f64>);
+
+impl FromStr for Reads {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rate = |part: &str| match part.trim().parse::<f64>() {
+            Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(rate),
+            _ => Err(format!(
+                "`{part}` in `{text}` is no number of GB/s; write one above 0 for each worker, such as 4300:50"
+            )),
+        };
+        text.split(':').map(rate).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for Reads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts: Vec<String> = self.0.iter().map(f64::to_string).collect();
+        f.write_str(&parts.join(":"))
+    }
+}
+
 /// Cores, written `auto`, `none` or as a list such as `0-3,8`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cores {
@@ -328,7 +353,7 @@ macro_rules! written_as_text {
         }
     )*};
 }
-written_as_text!(Shares, Registry, Cores);
+written_as_text!(Shares, Reads, Registry, Cores);
 
 impl Serialize for Bytes {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

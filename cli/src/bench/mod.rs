@@ -31,7 +31,7 @@ use crate::view::View;
 use engine::Engine;
 use llama_cpp::{Pair, Rates};
 use machine::Memory;
-use report::{Ceilings, Laid, Machine, Model, Report, Spread, Work};
+use report::{Ceilings, Laid, Machine, Model, Report, Settings, Spread, Work};
 use split::Split;
 use subject::Subject;
 
@@ -212,6 +212,12 @@ fn measure_machine(options: &Options, n_threads: &[usize]) -> anyhow::Result<Rep
     let kernels = || machine::kernels(most, &buffer, options.shape.activations.into());
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
+        settings: Settings {
+            kv: options.shape.kv,
+            activations: options.shape.activations,
+            context: options.context,
+            runs: options.runs,
+        },
         machine: machine::measure(n_threads, &buffer),
         all_reduce: machine::all_reduce()?,
         kernels: if options.kernels { kernels() } else { Vec::new() },

@@ -6,15 +6,28 @@ use serde::Serialize;
 
 use super::http::Streams;
 use super::llama_cpp::Pair;
+use crate::values::{Activations, Kv};
 
 /// One run of `evener bench`.
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub version: &'static str,
+    pub settings: Settings,
     pub machine: Machine,
     pub all_reduce: Vec<AllReduce>,
     pub kernels: Vec<Kernel>,
     pub models: Vec<Model>,
+}
+
+/// What all models were run with.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Settings {
+    pub kv: Kv,
+    pub activations: Activations,
+    /// Positions of each sequence that decodes.
+    pub context: usize,
+    /// Of which figures are medians.
+    pub runs: u32,
 }
 
 /// What the machine can do at most.

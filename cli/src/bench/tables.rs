@@ -1,7 +1,10 @@
 //! The report as text for people, within a hundred columns.
 
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+
 use super::llama_cpp::{Pair, Rates};
-use super::report::{AllReduce, Ceilings, Kernel, Laid, Machine, Model, Report};
+use super::report::{AllReduce, Ceilings, Kernel, Laid, Machine, Model, Report, Settings};
 use crate::table::Table;
 use crate::values::Bytes;
 
@@ -13,6 +16,9 @@ pub fn render(report: &Report) -> String {
     }
     if !report.kernels.is_empty() {
         out += &kernels(&report.kernels);
+    }
+    if !report.models.is_empty() {
+        out += &settings(report.settings);
     }
     report.models.iter().for_each(|one| out += &model(one));
     out
@@ -28,6 +34,17 @@ fn tera(rate: f64) -> String {
 
 fn percent(share: f64) -> String {
     format!("{:.0} %", 100.0 * share)
+}
+
+fn settings(settings: Settings) -> String {
+    let Settings { kv, activations, context, runs } = settings;
+    let name =
+        |value: Option<PossibleValue>| value.map_or(String::new(), |v| v.get_name().to_owned());
+    let (kv, activations) = (name(kv.to_possible_value()), name(activations.to_possible_value()));
+    format!(
+        "Models: KV cache in {kv}, activations in {activations}, decoding after {context} positions, \
+         medians of {runs} runs\n\n"
+    )
 }
 
 fn machine(machine: &Machine) -> String {
@@ -214,6 +231,7 @@ pub(super) mod tests {
     use super::super::report::tests::ceilings;
     use super::super::report::{Spread, Work};
     use super::*;
+    use crate::values::{Activations, Kv};
 
     /// A report with something in every part.
     pub(in super::super) fn report() -> Report {
@@ -259,6 +277,12 @@ pub(super) mod tests {
         };
         Report {
             version: "0",
+            settings: Settings {
+                kv: Kv::F16,
+                activations: Activations::Int8,
+                context: 512,
+                runs: 3,
+            },
             machine: Machine {
                 cpu: "a processor".to_owned(),
                 n_cores: 2,

@@ -65,7 +65,7 @@ impl Plan {
         let checkpoint = checkpoint.context("the model cannot be served")?;
         let split = shard::split(&checkpoint.config, &shares)?;
         let weight_bytes = (0..shares.len())
-            .map(|rank| plan::rank_bytes(&checkpoint, &split, rank))
+            .map(|rank| plan::rank_bytes(&checkpoint, &split, rank, |_| true))
             .collect::<anyhow::Result<Vec<u64>>>()?;
         let kv_bytes = check_memory(shape, &checkpoint, &weight_bytes)?;
         let http = ports::reserve(listen)?;
