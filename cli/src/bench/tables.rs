@@ -42,8 +42,8 @@ fn settings(settings: Settings) -> String {
         |value: Option<PossibleValue>| value.map_or(String::new(), |v| v.get_name().to_owned());
     let (kv, activations) = (name(kv.to_possible_value()), name(activations.to_possible_value()));
     format!(
-        "Models: KV cache in {kv}, activations in {activations}, decoding after {context} positions, \
-         medians of {runs} runs\n\n"
+        "\nModels: KV cache in {kv}, activations in {activations}, decoding after {context} positions, \
+         runs a figure: {runs}\n"
     )
 }
 
