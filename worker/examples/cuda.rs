@@ -13,7 +13,7 @@ use evener_kernels::attention::Format as KvFormat;
 use evener_kernels::cuda::activations::Activations;
 use evener_kernels::cuda::linear::{Parts, Projection, Scratch, linear};
 use evener_kernels::cuda::matrix::Matrix;
-use evener_kernels::cuda::{Device, Place, Shape};
+use evener_kernels::cuda::{Device, Formats, Place, Shape};
 use evener_kernels::matrix::{Source, Unpacked};
 use evener_kernels::quant::Format;
 use evener_worker::backend::{self, Batch, KV_BLOCK_LEN, Kind, Span};
@@ -156,7 +156,8 @@ impl Source for Noise {
 }
 
 fn ceilings(place: Place, sizes: &Sizes) -> Result<Ceilings, Failure> {
-    let shape = Shape { head_dim: 64, kv_format: KvFormat::F16 };
+    let formats = Formats::from_iter([Format::Bf16]);
+    let shape = Shape { head_dim: 64, kv_format: KvFormat::F16, formats };
     let device = Device::open(place, shape, None)?;
     let [free, total] = device.memory()?.map(|bytes| bytes as f64 / 1e9);
     println!("{}, {free:.1} of {total:.1} GB free", device.name());

@@ -94,6 +94,8 @@ struct OfBf16Rows : TensorSums {
     }
 };
 
+#ifdef HAS_BF16
+
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
 linear_bf16_1(Several<Dense> all, Made x, const u32* parts, u32 n_tokens, Normed normed) {
     stream<OfBf16Rows, FEW_WARPS, 1, true>(all, x, parts, n_tokens, normed);
@@ -109,6 +111,9 @@ linear_bf16_32(Several<Dense> all, Made x, const u32* parts, u32 n_tokens) {
     stream<OfBf16Rows, MANY_WARPS, 4>(all, x, parts, n_tokens);
 }
 
+#endif
+
+// Small kernels, which are always compiled.
 struct OfF32 {
     typedef float Number;
     DEVICE float value(float x) { return x; }

@@ -131,6 +131,8 @@ struct OfFp8 : TensorSums {
     }
 };
 
+#ifdef HAS_FP8
+
 KERNEL_AT_LEAST(FEW_THREADS, FEW_BLOCKS)
 linear_fp8_1(Several<Fp8> all, Made x, const u32* parts, u32 n_tokens, Normed normed) {
     stream<OfFp8, FEW_WARPS, 1, true>(all, x, parts, n_tokens, normed);
@@ -164,3 +166,5 @@ to_bf16_fp8(Fp8 m, u16* out, u32 first_row) {
     }
     *(uint2*)(out + (u64)blockIdx.y * columns + at * 4) = {pair(x[0], x[1]), pair(x[2], x[3])};
 }
+
+#endif

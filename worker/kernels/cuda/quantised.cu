@@ -625,11 +625,27 @@ DEVICE void look_up(const Quantised& w, const u32* tokens, float* out, u32 first
         look_up<BITS, SCALES, ZERO>(w, tokens, out, first_row);                                                        \
     }
 
+#ifdef HAS_Q4_0
 QUANTISED_KERNELS(q4_0, 4, PLAIN, 8)
+#endif
+#ifdef HAS_Q4_1
 QUANTISED_KERNELS(q4_1, 4, MIN, 0)
+#endif
+#ifdef HAS_Q5_0
 QUANTISED_KERNELS(q5_0, 5, PLAIN, 16)
+#endif
+#ifdef HAS_Q5_1
 QUANTISED_KERNELS(q5_1, 5, MIN, 0)
+#endif
+#ifdef HAS_Q8_0
 QUANTISED_KERNELS(q8_0, 8, PLAIN, 128)
+#endif
+#ifdef HAS_Q4_K
 QUANTISED_KERNELS(q4_k, 4, SUPER, 0)
+#endif
+#ifdef HAS_Q5_K
 QUANTISED_KERNELS(q5_k, 5, SUPER, 0)
+#endif
+#ifdef HAS_Q6_K
 QUANTISED_KERNELS(q6_k, 6, HALVES, 32)
+#endif

@@ -4,8 +4,9 @@
 use std::path::PathBuf;
 
 use evener_kernels::attention::Format;
-use evener_kernels::cuda::Shape;
 use evener_kernels::cuda::compiler::{self, Arch};
+use evener_kernels::cuda::{Formats, Shape};
+use evener_kernels::quant::Format as WeightFormat;
 
 /// Ampere, Hopper, Blackwell.
 const ARCHS: [Arch; 3] =
@@ -13,10 +14,10 @@ const ARCHS: [Arch; 3] =
 
 /// Heads of the models served, and each way of keeping keys and values.
 const SHAPES: [Shape; 4] = [
-    Shape { head_dim: 64, kv_format: Format::F16 },
-    Shape { head_dim: 128, kv_format: Format::F16 },
-    Shape { head_dim: 128, kv_format: Format::Int8 },
-    Shape { head_dim: 96, kv_format: Format::F32 },
+    Shape { head_dim: 64, kv_format: Format::F16, formats: Formats::ALL },
+    Shape { head_dim: 128, kv_format: Format::F16, formats: Formats::ALL },
+    Shape { head_dim: 128, kv_format: Format::Int8, formats: Formats::ALL },
+    Shape { head_dim: 96, kv_format: Format::F32, formats: Formats::ALL },
 ];
 
 /// NVRTC's directory, if there is one: without it there is nothing to compile with, and the machine
@@ -48,6 +49,22 @@ fn every_kernel_compiles_for_every_card_without_spills() {
             });
         }
     });
+}
+
+#[test]
+fn only_what_a_model_needs_is_compiled() {
+    let Some(dir) = nvrtc() else { return };
+    compiler::look_in(&dir);
+    for format in [WeightFormat::Q4K, WeightFormat::Bf16, WeightFormat::Fp8] {
+        let formats = Formats::from_iter([format]);
+        let compiled = compiler::compile(ARCHS[1], Shape { formats, ..SHAPES[0] });
+        let log = compiled.unwrap_or_else(|error| panic!("{format:?}: {error}")).log;
+        // Those of plain floats are small, and always there.
+        for other in Formats::EACH.into_iter().skip(2) {
+            let linear = format!("linear_{}", other.name().to_lowercase());
+            assert_eq!(log.contains(&linear), other == format, "{linear} for {format:?}");
+        }
+    }
 }
 
 fn check(arch: Arch, shape: Shape) {

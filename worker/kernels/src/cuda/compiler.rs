@@ -188,11 +188,13 @@ fn keep(dir: &Path, name: &str, image: &[u8]) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::source::Formats;
     use super::*;
     use crate::attention::Format;
+    use crate::quant;
 
     const ARCH: Arch = Arch { major: 9, minor: 0 };
-    const SHAPE: Shape = Shape { head_dim: 64, kv_format: Format::F16 };
+    const SHAPE: Shape = Shape { head_dim: 64, kv_format: Format::F16, formats: Formats::ALL };
 
     #[test]
     fn whatever_changes_the_code_changes_its_place_on_disk() {
@@ -205,6 +207,8 @@ mod tests {
         assert_ne!(base, name(Arch { major: 10, minor: 0 }, SHAPE, "a"));
         assert_ne!(base, name(ARCH, Shape { head_dim: 128, ..SHAPE }, "a"));
         assert_ne!(base, name(ARCH, Shape { kv_format: Format::Int8, ..SHAPE }, "a"));
+        let formats = Formats::from_iter([quant::Format::Q4_0]);
+        assert_ne!(base, name(ARCH, Shape { formats, ..SHAPE }, "a"));
         assert_ne!(file_name(&base, (13, 0)), file_name(&base, (13, 1)));
     }
 

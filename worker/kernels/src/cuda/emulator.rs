@@ -19,7 +19,7 @@ use super::device::{Driver, Gemm, Recorded};
 use super::emulated_group::{self, Seat};
 use super::group::{Id, Introduction, Member};
 use super::launch::{Arguments, Geometry, Kernel};
-use super::source::{Shape, for_emulator};
+use super::source::{Formats, Shape, for_emulator};
 use super::{Error, kernels};
 
 /// Bytes before and behind every allocation that nobody may write.
@@ -380,6 +380,8 @@ impl Recorded for Recording {
 
 /// The kernels as a shared library under `cache`, compiled if it is not there yet.
 fn library(shape: Shape, cache: &Path) -> Result<PathBuf, Error> {
+    // One library for all formats: it is compiled for tests, which use them all.
+    let shape = Shape { formats: Formats::ALL, ..shape };
     let mut source = for_emulator();
     for kernel in kernels::all(shape) {
         let name = kernel.name;

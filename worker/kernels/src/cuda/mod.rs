@@ -29,4 +29,4 @@ mod nccl;
 pub use device::{Device, Graph, Place};
 pub use error::Error;
 pub use memory::{Buffer, Number, View};
-pub use source::Shape;
+pub use source::{Formats, Shape};

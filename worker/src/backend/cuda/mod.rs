@@ -56,7 +56,8 @@ pub(super) fn load(
         );
         return Err(LoadError::Device { reason });
     }
-    let shape = Shape { head_dim, kv_format: options.kv_format };
+    let formats = weights::formats(checkpoint, &program)?;
+    let shape = Shape { head_dim, kv_format: options.kv_format, formats };
     let device = Device::open(place, shape, cache_dir())?;
     let weights = Weights::load(&device, checkpoint, program, progress)?;
     Ok(Box::new(Cuda { device, weights, options: options.clone(), shape }))

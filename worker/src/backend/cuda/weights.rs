@@ -3,12 +3,12 @@
 use std::ops::ControlFlow;
 
 use evener_kernels::cuda::matrix::Matrix;
-use evener_kernels::cuda::{Buffer, Device};
-use evener_kernels::matrix::Unpacked;
+use evener_kernels::cuda::{Buffer, Device, Formats};
+use evener_kernels::matrix::{Source, Unpacked};
 
 use crate::backend::{LoadError, Progress};
 use crate::checkpoint::{Checkpoint, Slice};
-use crate::model::program::{BufferId, Program, Role, WeightId};
+use crate::model::program::{BufferId, Program, Role, Weight, WeightId};
 
 /// What a rank holds, by [`WeightId`].
 pub(super) struct Weights {
@@ -17,6 +17,16 @@ pub(super) struct Weights {
     index: Vec<usize>,
     matrices: Vec<Matrix>,
     vectors: Vec<Buffer<f32>>,
+}
+
+/// What the program's matrices and tables are kept in.
+///
+/// # Errors
+/// A tensor that is missing or misshapen.
+pub(super) fn formats(checkpoint: &Checkpoint, program: &Program) -> Result<Formats, LoadError> {
+    let is_matrix = |weight: &&Weight| weight.role != Role::Vector;
+    let format = |weight: &Weight| Ok(checkpoint.slice(weight)?.format());
+    program.weights.iter().filter(is_matrix).map(format).collect()
 }
 
 impl Weights {
