@@ -69,7 +69,7 @@ struct IntegerCursor {
             } else if (of_scales < At::SCALES_) {
                 rest[i] = (const uint4*)w.scales + of_scales;
                 units[i] = At::SCALES_;
-            } else if (At::SUPERS > 0 && of_supers < 2 * At::SUPERS) {
+            } else if (At::SUPERS > 0 && of_supers < (w.first_run % STEP ? 2 : 1) * At::SUPERS) { // steps lie in one, or in two
                 rest[i] = (const uint4*)w.supers + of_supers;
                 units[i] = At::SUPERS | 1u << 31;
             }
@@ -379,9 +379,9 @@ DEVICE int whole_of(u32 word, int byte) {
     return SCALES == HALVES ? (int)(signed char)(word >> 8 * byte) : (int)(u8)(word >> 8 * byte);
 }
 
-// Up to TOKENS tokens, one or four: bytes of weights with bytes of activations on tensor cores. Of a product's eight columns two
-// are a token's upper and lower bytes; where there is one token, two are those of each run of a step, so that every lane has
-// a run's sum to scale. Sums of a run, or of a step where a super-block has one scale for its runs, are integers.
+// Up to TOKENS tokens, one or four: bytes of weights with bytes of activations on tensor cores. Of a product's eight columns
+// two are a token's upper and lower bytes; where there is one token, two are those of each run of a step, so that every lane
+// has a run's sum to scale. Sums of a run, or of a step where a super-block has one scale for its runs, are integers.
 template <int BITS, int SCALES, int ZERO, int TOKENS>
 struct OfBytes {
     typedef Quantised Matrix;
@@ -434,7 +434,8 @@ struct OfBytes {
             } else {
                 const int sum = product[2 * row] * 128 + product[2 * row + 1] - ZERO * (halves.x + halves.y);
                 sums.of_row[row] = fmaf((float)sum, half_of(word, row), sums.of_row[row]);
-                if (SCALES == MIN) sums.of_row[row] = fmaf((float)(halves.x + halves.y), half_of(of_min, row), sums.of_row[row]);
+                const float of_run = (float)(halves.x + halves.y);
+                if (SCALES == MIN) sums.of_row[row] = fmaf(of_run, half_of(of_min, row), sums.of_row[row]);
             }
         }
     }

@@ -231,13 +231,14 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
             if (IS_PLAIN) {
                 Of::template multiply<TOKEN_TILES>(sums, ring + at, all.of[0], x, step, first_token, n_tokens, lane);
             } else {
-                Of::template multiply_any<TOKEN_TILES>(sums, ring + at, all.of[0], x, step, begin, end, first_token, n_tokens, lane);
+                Of::template multiply_any<TOKEN_TILES>(sums, ring + at, all.of[0], x, step, begin, end, first_token, n_tokens,
+                                                       lane);
             }
             at = at == (DEPTH - 1) * Of::LEN ? 0 : at + Of::LEN;
         }
         Of::template finish<TOKEN_TILES>(sums, all, here.matrix, tile, lane);
         add_warps<Of, WARPS, TOKEN_TILES>(sums, place, turns.first, pick(all.outs, here.matrix), all.adds, tile,
-                                             rows_of(all, here.matrix), n_tokens);
+                                          rows_of(all, here.matrix), n_tokens);
         turns.next();
     }
 }
