@@ -35,7 +35,10 @@ struct KvBlock {
 // Asks for a page, both its planes; all lanes of a warp are here.
 DEVICE void prefetch_page(u8* cache, u32 page, u32 lane) {
 #pragma unroll
-    for (u32 at = 0; at < PAGE_BYTES; at += 32 * 128) prefetch((const u8*)keys_of(cache, page) + at + lane * 128);
+    for (u32 first = 0; first < PAGE_BYTES; first += 32 * 128) {
+        const u32 at = first + lane * 128;
+        if (at < PAGE_BYTES) prefetch((const u8*)keys_of(cache, page) + at);
+    }
 }
 
 DEVICE u32 position_of(u32 g) { return g / 2 * 4 + g % 2; }
