@@ -62,7 +62,7 @@ struct OfFp8 : TensorSums {
 
     template <int TOKEN_TILES>
     static DEVICE_MEMBER void finish(float sums[TOKEN_TILES][4], const Several<Fp8>& all, u32 matrix, u32 tile, u32 lane) {
-        const float* scales = (matrix == 2 ? all.of[2] : matrix == 1 ? all.of[1] : all.of[0]).scales + tile * TILE_ROWS + lane / 4;
+        const float* scales = pick(all.of, matrix).scales + tile * TILE_ROWS + lane / 4;
         const float of_row[2] = {scales[0], scales[8]};
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {

@@ -4,8 +4,8 @@
 // u is never turned into a float: its bits are those of the f16 number u * 2^-24, which tensor cores multiply exactly with
 // activations in f16 (`activations.cu`). A run's product, a float, meets its row's scale and is added up over a step of four
 // runs; what ZERO and min add is one more product, of the step's scales or mins with the sums of its activations; then the
-// step meets its token's scale. Warps take the steps of a tile in turn (`stream.cu`). The floats added, and their order, do
-// not depend on how many tokens there are.
+// step meets its token's scale. So from five tokens on (`OfIntegers`). Up to four meet u as bytes (`OfBytes`), with activations
+// in two bytes each. Warps take the steps of a tile in turn (`stream.cu`).
 
 // Of kernels that look at each step once.
 #define PACK_THREADS 256
@@ -100,43 +100,55 @@ struct IntegerCursor {
 
 DEVICE u32 word_of(const uint4& words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
 
-// The weights that a lane multiplies of one run: u of rows g and g + 8, two columns a word: 4t and 4t + 2, 4t + 1 and
-// 4t + 3, then the same of 16 + 4t.
-struct Fragment {
-    u32 pairs[2][4];
+// The weights that a lane multiplies of one run, a byte each: u of rows g and g + 8, columns 4t to 4t + 3, then 16 + 4t...
+struct Bytes {
+    u32 of[2][2];
 };
 
 // Of run `i` of the step.
 template <int BITS, int SCALES>
-DEVICE Fragment fragment_of(const uint4* stage, int i, u32 lane) {
+DEVICE Bytes bytes_of(const uint4* stage, int i, u32 lane) {
     typedef Stage<BITS, SCALES> At;
-    Fragment f;
+    Bytes bytes;
     const uint4 quants = stage[(BITS == 8 ? i : i / 2) * 32 + lane];
     uint4 tops = {0, 0, 0, 0};
     if (BITS == 5) tops = stage[At::TOPS_AT + i / 2 * 8 + lane / 4];
     if (BITS == 6) tops = stage[At::TOPS_AT + i / 2 * 16 + lane / 2];
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        u32* pairs = f.pairs[row];
+        u32* of_row = bytes.of[row];
         if (BITS == 8) {
-            const u32 low = word_of(quants, 2 * row), high = word_of(quants, 2 * row + 1);
-            pairs[0] = low & 0x00ff00ffu, pairs[1] = low >> 8 & 0x00ff00ffu;
-            pairs[2] = high & 0x00ff00ffu, pairs[3] = high >> 8 & 0x00ff00ffu;
+            of_row[0] = word_of(quants, 2 * row), of_row[1] = word_of(quants, 2 * row + 1);
             continue;
         }
         const u32 word = word_of(quants, i % 2 * 2 + row);
-        pairs[0] = word & 0x000f000fu, pairs[1] = word >> 8 & 0x000f000fu;
-        pairs[2] = word >> 4 & 0x000f000fu, pairs[3] = word >> 12 & 0x000f000fu;
+        of_row[0] = word & 0x0f0f0f0fu, of_row[1] = word >> 4 & 0x0f0f0f0fu;
         if (BITS == 5) {
             const u32 top = word_of(tops, i % 2 * 2 + row) >> lane % 4;
-            pairs[0] |= top << 4 & 0x00100010u, pairs[1] |= top & 0x00100010u;
-            pairs[2] |= top >> 4 & 0x00100010u, pairs[3] |= top >> 8 & 0x00100010u;
+            of_row[0] |= (top << 4 & 0x00100010u) | (top << 8 & 0x10001000u);
+            of_row[1] |= (top >> 4 & 0x00100010u) | (top & 0x10001000u);
         }
         if (BITS == 6) {
             const u32 top = word_of(tops, i % 2 * 2 + row) >> lane % 2 * 4;
-            pairs[0] |= top << 4 & 0x00300030u, pairs[1] |= top >> 4 & 0x00300030u;
-            pairs[2] |= top << 2 & 0x00300030u, pairs[3] |= top >> 6 & 0x00300030u;
+            of_row[0] |= top << 4 & 0x30303030u;
+            of_row[1] |= top << 2 & 0x30303030u;
         }
+    }
+    return bytes;
+}
+
+// The same, two columns a word: 4t and 4t + 2, 4t + 1 and 4t + 3, then those of 16 + 4t.
+struct Fragment {
+    u32 pairs[2][4];
+};
+
+template <int BITS, int SCALES>
+DEVICE Fragment fragment_of(const uint4* stage, int i, u32 lane) {
+    const Bytes bytes = bytes_of<BITS, SCALES>(stage, i, lane);
+    Fragment f;
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        for (int j = 0; j < 4; j++) f.pairs[row][j] = bytes.of[row][j / 2] >> j % 2 * 8 & 0x00ff00ffu;
     }
     return f;
 }
@@ -335,43 +347,6 @@ struct OfIntegers : TensorSums {
         multiply_any_step<BITS, SCALES, ZERO, TOKEN_TILES>(sums, stage, w, x, step, begin, end, first_token, n_tokens, lane);
     }
 };
-
-// The weights that a lane multiplies of one run, a byte each: u of rows g and g + 8, columns 4t to 4t + 3, then 16 + 4t...
-struct Bytes {
-    u32 of[2][2];
-};
-
-// Of run `i` of the step.
-template <int BITS, int SCALES>
-DEVICE Bytes bytes_of(const uint4* stage, int i, u32 lane) {
-    typedef Stage<BITS, SCALES> At;
-    Bytes bytes;
-    const uint4 quants = stage[(BITS == 8 ? i : i / 2) * 32 + lane];
-    uint4 tops = {0, 0, 0, 0};
-    if (BITS == 5) tops = stage[At::TOPS_AT + i / 2 * 8 + lane / 4];
-    if (BITS == 6) tops = stage[At::TOPS_AT + i / 2 * 16 + lane / 2];
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        u32* of_row = bytes.of[row];
-        if (BITS == 8) {
-            of_row[0] = word_of(quants, 2 * row), of_row[1] = word_of(quants, 2 * row + 1);
-            continue;
-        }
-        const u32 word = word_of(quants, i % 2 * 2 + row);
-        of_row[0] = word & 0x0f0f0f0fu, of_row[1] = word >> 4 & 0x0f0f0f0fu;
-        if (BITS == 5) {
-            const u32 top = word_of(tops, i % 2 * 2 + row) >> lane % 4;
-            of_row[0] |= (top << 4 & 0x00100010u) | (top << 8 & 0x10001000u);
-            of_row[1] |= (top >> 4 & 0x00100010u) | (top & 0x10001000u);
-        }
-        if (BITS == 6) {
-            const u32 top = word_of(tops, i % 2 * 2 + row) >> lane % 2 * 4;
-            of_row[0] |= top << 4 & 0x30303030u;
-            of_row[1] |= top << 2 & 0x30303030u;
-        }
-    }
-    return bytes;
-}
 
 // A scale or a min of HALVES and SUPER, a byte of their word.
 template <int SCALES>

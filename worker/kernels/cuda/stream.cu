@@ -50,13 +50,13 @@ struct Normed {
     float eps;
 };
 
-// Which matrix a tile is of, and which tiles are.
-struct Place {
+// Which matrix a tile is of, and which tiles are that matrix's.
+struct Owner {
     u32 matrix, first, end;
 };
 
 template <class Matrix>
-DEVICE Place place_of(const Several<Matrix>& all, u32 tile) {
+DEVICE Owner owner_of(const Several<Matrix>& all, u32 tile) {
     if (tile >= all.first_tiles[2]) return {2, all.first_tiles[2], all.n_tiles};
     if (tile >= all.first_tiles[1]) return {1, all.first_tiles[1], min(all.first_tiles[2], all.n_tiles)};
     return {0, 0, min(all.first_tiles[1], all.n_tiles)};
@@ -68,6 +68,7 @@ DEVICE Any pick(const Any of[MOST_MATRICES], u32 at) {
     return at == 2 ? of[2] : at == 1 ? of[1] : of[0];
 }
 
+// Not of what `pick` gives, all of whose words would take registers.
 template <class Matrix>
 DEVICE u32 rows_of(const Several<Matrix>& all, u32 at) {
     return at == 2 ? all.of[2].rows : at == 1 ? all.of[1].rows : all.of[0].rows;
@@ -189,14 +190,14 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
     typename Of::template Cursor<WARPS> cursor;
     constexpr bool TURNS = IS_ONE; // of more tokens there are no registers for them
     Turns<WARPS> turns = {warp, TURNS ? n_steps % WARPS : 0}, ahead_turns = turns;
-    Place ahead = {0, 0, 0};
+    Owner ahead = {0, 0, 0};
     u32 ahead_tile = blockIdx.x, n_ahead = 0, ahead_at = 0;
     auto fetch_next = [&] {
         // A tile of whose steps none is this warp's is passed over.
         while (n_ahead == 0 && ahead_tile < all.n_tiles) {
             n_ahead = ahead_turns.share_of(n_steps);
             if (ahead_tile >= ahead.end) {
-                ahead = place_of(all, ahead_tile);
+                ahead = owner_of(all, ahead_tile);
                 cursor.enter(pick(all.of, ahead.matrix), lane);
             }
             cursor.begin(all.of[0], ahead_tile - ahead.first, begin_step + ahead_turns.first, lane);
@@ -216,7 +217,7 @@ DEVICE void stream_steps(const Several<typename Of::Matrix>& all, const Made& gi
     const Made& x = activations_of<Of, WARPS, IS_ONE>(given, normed, own, place);
     u32 at = 0;
     for (u32 index = blockIdx.x; index < all.n_tiles; index += gridDim.x) {
-        const Place here = place_of(all, index);
+        const Owner here = owner_of(all, index);
         const u32 tile = index - here.first;
         float sums[TOKEN_TILES][4];
 #pragma unroll
