@@ -238,13 +238,15 @@ fn step_ended_by(timeout: Duration, instead: fn(Mesh, &AbortHandle, &Receiver<()
     });
     let [mine, theirs] = meshes();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let other = scope.spawn(|| {
             let mut mesh = introduced(other.as_mut(), theirs);
             other.run(&step, &mut mesh).unwrap();
+            mesh // kept until both have ended
         });
         let mut mesh = introduced(one.as_mut(), mine);
         one.run(&step, &mut mesh).unwrap();
         assert!(one.logits().iter().all(|logit| logit.is_finite()));
+        other.join().unwrap();
     });
     said
 }

@@ -116,11 +116,13 @@ impl Group<'_> {
                             let is_sum = |op: &Record| op.kind == OpKind::AllReduce;
                             assert!(!history.iter().any(is_sum), "a sum through the host");
                         }
-                        logits
+                        (logits, backend, mesh)
                     })
                 })
                 .collect();
-            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+            // All have ended before one leaves: the others would hear of a lost rank.
+            let ended: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+            ended.into_iter().map(|(logits, ..)| logits).collect()
         });
         let widths: Vec<usize> =
             (0..self.shares.len()).map(|rank| program(rank).vocab.len()).collect();
