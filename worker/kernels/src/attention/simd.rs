@@ -41,8 +41,7 @@ pub(super) unsafe trait Simd {
     unsafe fn power_of_2(v: Self::V) -> Self::V;
     /// 0 where `x` is below `bound`, else `v`.
     unsafe fn zero_below(v: Self::V, x: Self::V, bound: f32) -> Self::V;
-    /// Brings a cache line into the second-level cache, which waits for more lines at a time than the
-    /// first; any address will do.
+    /// Brings a cache line into the first-level cache; any address will do.
     unsafe fn prefetch(at: *const u8);
 
     unsafe fn to_array(v: Self::V) -> [f32; LANES];
@@ -292,7 +291,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
             // SAFETY: the trait's promise.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]
@@ -429,7 +428,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
             // SAFETY: the trait's promise.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]

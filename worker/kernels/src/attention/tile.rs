@@ -220,13 +220,7 @@ unsafe fn score<S: Simd, N: Number, const R: usize>(
     let mut block = 0;
     // SAFETY: the caller's promise.
     unsafe {
-        if const { width::<S>(R) >= 4 } {
-            while block + 4 <= n_blocks {
-                score_blocks::<S, N, R, 4>(pages, n_blocks, block, q, d, weights);
-                block += 4;
-            }
-        }
-        if const { width::<S>(R) == 2 || width::<S>(R) == 3 } {
+        if const { width::<S>(R) >= 2 } {
             while block + 2 <= n_blocks {
                 score_blocks::<S, N, R, 2>(pages, n_blocks, block, q, d, weights);
                 block += 2;
@@ -239,6 +233,7 @@ unsafe fn score<S: Simd, N: Number, const R: usize>(
     }
 }
 
+/// P blocks at a time, one or two: more of them are more streams than memory follows well.
 #[inline(always)]
 unsafe fn score_blocks<S: Simd, N: Number, const R: usize, const P: usize>(
     pages: &Pages,
@@ -267,10 +262,17 @@ unsafe fn score_blocks<S: Simd, N: Number, const R: usize, const P: usize>(
             ahead[p] = next.wrapping_add(N::HEADER);
         }
         let mut acc = [[S::splat(0.0); P]; R];
-        let mut column = 0;
+        let (mut column, page_lines) = (0, d / step);
         while column < d {
+            // One page after the other, as memory likes it, though blocks are read side by side.
+            let line = column / step * P;
+            let fetched = if line < page_lines {
+                ahead[0].wrapping_add(line * 64)
+            } else {
+                ahead[P - 1].wrapping_add((line - page_lines) * 64)
+            };
             for p in 0..P {
-                S::prefetch(ahead[p].wrapping_add(column * LANES * N::BYTES));
+                S::prefetch(fetched.wrapping_add(p * 64));
             }
             for column in column..column + step {
                 let mut k = [S::splat(0.0); P];
@@ -317,8 +319,9 @@ unsafe fn soften<S: Simd, N: Number, const R: usize>(
             for block in 0..n_blocks {
                 // Memory is not to rest meanwhile: it fetches values after those that scores did.
                 if N::AHEAD + r < n_blocks {
-                    let line = N::HEADER + block * 64;
-                    S::prefetch(pages.v[N::AHEAD + r].wrapping_add(line));
+                    let lines = pages.v[N::AHEAD + r].wrapping_add(N::HEADER + block * 2 * 64);
+                    S::prefetch(lines);
+                    S::prefetch(lines.wrapping_add(64));
                 }
                 let at = weights.add(block * LANES);
                 let mut weight = S::exp(S::sub(S::load(at), base));
