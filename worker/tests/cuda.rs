@@ -238,7 +238,7 @@ fn step_ended_by(timeout: Duration, instead: fn(Mesh, &AbortHandle, &Receiver<()
     });
     let [mine, theirs] = meshes();
     std::thread::scope(|scope| {
-        let other = scope.spawn(|| {
+        let second = scope.spawn(|| {
             let mut mesh = introduced(other.as_mut(), theirs);
             other.run(&step, &mut mesh).unwrap();
             mesh // kept until both have ended
@@ -246,7 +246,7 @@ fn step_ended_by(timeout: Duration, instead: fn(Mesh, &AbortHandle, &Receiver<()
         let mut mesh = introduced(one.as_mut(), mine);
         one.run(&step, &mut mesh).unwrap();
         assert!(one.logits().iter().all(|logit| logit.is_finite()));
-        other.join().unwrap();
+        second.join().unwrap();
     });
     said
 }

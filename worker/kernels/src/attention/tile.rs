@@ -203,7 +203,7 @@ unsafe fn tile<S: Simd, N: Number, const R: usize>(
     R
 }
 
-/// How many blocks, or runs of sixteen columns, R queries take at a time.
+/// Blocks, or runs of sixteen columns, that R queries have registers for at a time.
 const fn width<S: Simd>(n_queries: usize) -> usize {
     S::ACCUMULATORS / n_queries
 }
