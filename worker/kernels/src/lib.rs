@@ -12,6 +12,7 @@
 pub mod quant;
 
 pub mod activation;
+mod ahead;
 pub mod attention;
 pub mod cores;
 pub mod cuda;

@@ -39,6 +39,16 @@ pub(crate) enum Weights {
     Dense(Dense),
 }
 
+impl Weights {
+    /// Tile after tile, each of the same length.
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Quantised(tiles) => &tiles.bytes,
+            Self::Dense(dense) => dense.bytes(),
+        }
+    }
+}
+
 /// Where a matrix's numbers come from.
 pub trait Source: Sync {
     fn format(&self) -> Format;
@@ -238,10 +248,17 @@ impl Matrix {
     /// Memory it occupies.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        match &self.weights {
-            Weights::Quantised(tiles) => tiles.bytes.len() as u64,
-            Weights::Dense(dense) => dense.bytes() as u64,
-        }
+        self.weights.bytes().len() as u64
+    }
+
+    /// The tiles that one of a pool's threads multiplies with, first to last, if it is as fast as the
+    /// others.
+    #[must_use]
+    pub fn tiles_of(&self, thread: usize, n_threads: usize) -> &[u8] {
+        let bytes = self.weights.bytes();
+        let tile_bytes = bytes.len() / self.n_tiles().max(1);
+        let tiles = part(self.n_tiles(), thread, n_threads);
+        &bytes[tiles.start * tile_bytes..tiles.end * tile_bytes]
     }
 
     /// One row as f32, as the checkpoint's format defines it (a zero is +0).

@@ -1,5 +1,5 @@
 //! The threads of one rank: they spin, then yield, then park. The caller is thread 0; a step pays
-//! no system call while threads spin.
+//! no system call while threads spin, and what they read next comes nearer meanwhile.
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::ahead::{Ahead, Next};
 use crate::cores;
 
 /// A wait spins this long: longer than what lies between two jobs of a step, or two steps.
@@ -26,6 +27,8 @@ pub const WORTH_SHARING: usize = 4 << 10;
 pub struct Pool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// The caller's.
+    ahead: Ahead,
 }
 
 /// What the caller writes and what the helpers write lie two cache lines apart: processors fetch
@@ -46,6 +49,8 @@ struct Shared {
     wake: Condvar,
     /// Helpers parked on `wake`.
     n_parked: AtomicU32,
+    /// By thread.
+    next: Box<[Line<Next>]>,
 }
 
 type Job = *const (dyn Fn(usize) + Sync);
@@ -88,6 +93,7 @@ impl Pool {
             sleepers: Mutex::new(()),
             wake: Condvar::new(),
             n_parked: AtomicU32::new(0),
+            next: (0..n_threads.max(1)).map(|_| Line(Next::default())).collect(),
         });
         let helpers = (1..n_threads.max(1))
             .map(|index| {
@@ -104,13 +110,22 @@ impl Pool {
                     .expect("the system refused a thread")
             })
             .collect();
-        Self { shared, helpers }
+        Self { shared, helpers, ahead: Ahead::default() }
     }
 
     /// Threads, the caller included.
     #[must_use]
     pub fn n_threads(&self) -> usize {
         self.helpers.len() + 1
+    }
+
+    /// Says what each thread will read after the next job, `bytes(thread, n_threads)`: while it waits
+    /// for others, its core begins to bring that.
+    pub fn read_next<'a>(&mut self, bytes: impl Fn(usize, usize) -> &'a [u8]) {
+        let n_threads = self.n_threads();
+        for (thread, next) in self.shared.next.iter().enumerate() {
+            next.0.tell(bytes(thread, n_threads));
+        }
     }
 
     /// Runs `job(thread)` on every thread and returns when all are done.
@@ -135,8 +150,9 @@ impl Pool {
             shared.wake_all();
         }
         let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(0)));
+        self.ahead.follow(&shared.next[0].0);
         // Never parks: a helper that lost its core gets it back by our yields.
-        while !shared.watch(|| shared.running.0.load(Ordering::Acquire) == 0) {}
+        while !shared.watch(&mut self.ahead, || shared.running.0.load(Ordering::Acquire) == 0) {}
         if let Err(panic) = mine {
             std::panic::resume_unwind(panic);
         }
@@ -175,9 +191,9 @@ impl Pool {
 
 impl Shared {
     fn help(&self, index: usize) {
-        let mut seen = 0;
+        let (mut seen, mut ahead) = (0, Ahead::default());
         loop {
-            seen = self.next_generation(seen);
+            seen = self.next_generation(seen, &mut ahead);
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
@@ -191,12 +207,13 @@ impl Shared {
             if ran.is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
+            ahead.follow(&self.next[index].0);
             self.running.0.fetch_sub(1, Ordering::Release);
         }
     }
 
     /// Spins, then yields, until `is_so`; false if it was not for as long as is worth it.
-    fn watch(&self, is_so: impl Fn() -> bool) -> bool {
+    fn watch(&self, ahead: &mut Ahead, is_so: impl Fn() -> bool) -> bool {
         let mut began = None;
         let mut yields = !self.spin;
         loop {
@@ -205,6 +222,7 @@ impl Shared {
                     return true;
                 }
                 spin_loop();
+                ahead.fetch();
             }
             let waited = began.get_or_insert_with(Instant::now).elapsed();
             if waited >= YIELD {
@@ -217,8 +235,8 @@ impl Shared {
         }
     }
 
-    fn next_generation(&self, seen: u64) -> u64 {
-        if self.watch(|| self.generation.0.load(Ordering::Acquire) != seen) {
+    fn next_generation(&self, seen: u64, ahead: &mut Ahead) -> u64 {
+        if self.watch(ahead, || self.generation.0.load(Ordering::Acquire) != seen) {
             return self.generation.0.load(Ordering::Acquire);
         }
         let mut guard = self.sleepers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -98,6 +98,18 @@ pub enum Op {
     Head { input: BufferId, weight: WeightId },
 }
 
+impl Op {
+    /// The first matrix that it multiplies with, if it multiplies.
+    #[must_use]
+    pub fn first_matrix(&self) -> Option<WeightId> {
+        match self {
+            Self::Linear { projections, .. } => projections.first().map(|first| first.weight),
+            Self::LinearParts { weight, .. } | Self::Head { weight, .. } => Some(*weight),
+            _ => None,
+        }
+    }
+}
+
 /// One weight of a [`Op::Linear`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Projection {

@@ -29,8 +29,8 @@ impl Dense {
         self.format
     }
 
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes.len()
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     pub(super) fn tile_bytes(&self) -> usize {

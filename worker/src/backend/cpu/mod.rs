@@ -145,9 +145,12 @@ impl Backend for Rank {
         }));
         let mut step = Step { rank: self, weights: &weights, batch, n_tokens: batch.tokens.len() };
         let mut op_tag = 0;
-        for op in &weights.program.ops {
+        for (op, next) in weights.ops() {
             if let Op::AllReduce { .. } = op {
                 op_tag += 1;
+            }
+            if let Some(next) = next {
+                step.rank.pool.read_next(|thread, n_threads| next.tiles_of(thread, n_threads));
             }
             step.run(op, Tag { step: batch.step, op: op_tag }, collective)?;
         }

@@ -21,6 +21,8 @@ pub(super) struct Weights {
     pub(super) rope: Option<Rope>,
     /// Index into `matrices` or `vectors`, by the weight's role.
     index: Vec<usize>,
+    /// By op: if it multiplies, the first matrix of the next that does; after the last, of the first.
+    next: Vec<Option<WeightId>>,
     matrices: Vec<Matrix>,
     vectors: Vec<Vec<f32>>,
 }
@@ -32,6 +34,12 @@ impl Weights {
 
     pub(super) fn vector(&self, id: WeightId) -> &[f32] {
         &self.vectors[self.index[id.0]]
+    }
+
+    /// Ops, and the matrix that is multiplied with next after each that multiplies.
+    pub(super) fn ops(&self) -> impl Iterator<Item = (&Op, Option<&Matrix>)> {
+        let next = self.next.iter().map(|id| id.map(|id| self.matrix(id)));
+        self.program.ops.iter().zip(next)
     }
 
     pub(super) fn columns(&self, id: BufferId) -> usize {
@@ -92,9 +100,22 @@ pub fn load(
         Op::RopeKv { rope, .. } => Some(*rope),
         _ => None,
     });
-    let weights = Weights { rope, index, matrices, vectors, program };
+    let next = next_matrices(&program.ops);
+    let weights = Weights { rope, index, next, matrices, vectors, program };
     let isa = Isa::detect();
     Ok(Cpu { weights: Arc::new(weights), options: options.clone(), isa, pool })
+}
+
+/// For [`Weights::next`].
+fn next_matrices(ops: &[Op]) -> Vec<Option<WeightId>> {
+    let mut next = ops.iter().find_map(Op::first_matrix);
+    let behind = ops.iter().rev().map(|op| {
+        let first = op.first_matrix()?;
+        next.replace(first)
+    });
+    let mut next: Vec<_> = behind.collect();
+    next.reverse();
+    next
 }
 
 /// Packs slices, each looked over for what is not finite while it is read.
@@ -154,5 +175,25 @@ impl Source for Slice<'_> {
 
     fn row_f32(&self, row: usize, out: &mut [f32]) {
         self.dequantized_row(row, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::program::Projection;
+
+    #[test]
+    fn after_each_product_comes_the_next_and_after_the_last_the_first() {
+        let (buffer, [a, b, c]) = (BufferId(0), [0, 1, 2].map(WeightId));
+        let projections = [a, b].map(|weight| Projection { weight, out: buffer }).to_vec();
+        let ops = [
+            Op::Embed { table: c, out: buffer },
+            Op::Linear { input: buffer, projections },
+            Op::SiluGate { gate: buffer, up: buffer, out: buffer },
+            Op::Head { input: buffer, weight: c },
+        ];
+        assert_eq!(next_matrices(&ops), [None, Some(c), None, Some(a)]);
+        assert_eq!(next_matrices(&ops[..1]), [None]);
     }
 }
