@@ -95,7 +95,7 @@ fn costs(checkpoint: &Checkpoint, split: &shard::Split, reads: &Reads) -> anyhow
     let n_rates = rates.len();
     ensure!(
         n_rates == n,
-        "--reads names {n_rates} workers and --shares {n}; name one rate for each"
+        "the split has {n} workers and --reads speaks of {n_rates}: name one rate for each"
     );
     // Of a table one row is read.
     let is_read = |weight: &Weight| weight.role != Role::Table;
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn a_rate_is_asked_of_every_worker() {
         let error = costs_of(&[1, 1], &[100.0]).err().unwrap().to_string();
-        assert!(error.contains("names 1 workers and --shares 2"), "{error}");
+        assert!(error.contains("has 2 workers and --reads speaks of 1"), "{error}");
         assert!("4300:0".parse::<Reads>().is_err() && "a".parse::<Reads>().is_err());
     }
 }

@@ -135,7 +135,9 @@ fn what_cannot_be_measured_is_refused_in_one_sentence() {
 
 #[test]
 fn a_schema_that_is_none_is_refused() {
-    for (schema, expected) in [("{", "it is not JSON"), ("7", "a JSON schema is an object")] {
+    let cases =
+        [("schema.json", "the schema itself is wanted"), ("7", "a JSON schema is an object")];
+    for (schema, expected) in cases {
         let output = bench_serve("http://127.0.0.1:1", &["--json-schema", schema]);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && error.contains(expected), "{schema}: {error}");

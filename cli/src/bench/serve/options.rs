@@ -94,7 +94,9 @@ fn checked_time(text: &str) -> anyhow::Result<String> {
 }
 
 fn checked_schema(text: &str) -> anyhow::Result<String> {
-    let schema: Value = serde_json::from_str(text).context("it is not JSON")?;
+    let schema: Value = serde_json::from_str(text).context(
+        "it is not JSON; the schema itself is wanted, of a file by --json-schema \"$(cat FILE)\"",
+    )?;
     if !(schema.is_object() || schema.is_boolean()) {
         bail!("a JSON schema is an object");
     }
