@@ -9,8 +9,8 @@ const MOST: usize = 256 << 10;
 const AT_ONCE: usize = 512;
 const LINE: usize = 64;
 
-/// Where a thread is told what it reads next. Written by the pool's owner before a job begins, read
-/// by the thread within the job.
+/// Where a thread is told what it reads next. Written by the pool's owner while no job runs, read by
+/// the thread before it reports a job done.
 #[derive(Debug, Default)]
 pub(crate) struct Next {
     start: AtomicUsize,

@@ -49,7 +49,7 @@ struct Shared {
     wake: Condvar,
     /// Helpers parked on `wake`.
     n_parked: AtomicU32,
-    /// By thread.
+    /// By thread, what it will read.
     next: Box<[Line<Next>]>,
 }
 
@@ -119,8 +119,8 @@ impl Pool {
         self.helpers.len() + 1
     }
 
-    /// Says what each thread will read after the next job, `bytes(thread, n_threads)`: while it waits
-    /// for others, its core begins to bring that.
+    /// Says what each thread will read after what it is about to do, `bytes(thread, n_threads)`: from
+    /// the end of the next job on its core brings that while it waits.
     pub fn read_next<'a>(&mut self, bytes: impl Fn(usize, usize) -> &'a [u8]) {
         let n_threads = self.n_threads();
         for (thread, next) in self.shared.next.iter().enumerate() {
