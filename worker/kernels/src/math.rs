@@ -10,6 +10,13 @@ pub(crate) const ROUND: f32 = 12_582_912.0;
 pub(crate) const POLYNOMIAL: [f32; 7] =
     [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
+/// Bits of 2^n, n being what [`ROUND`] was added to: it stands in the sum's low bits, and taking it
+/// from there can be vectorised, which a conversion that saturates is not.
+#[inline(always)]
+pub(crate) fn power_of_2_bits(raised: f32) -> u32 {
+    raised.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23
+}
+
 /// e^x for any finite x or -infinity; relative error below 3e-7 (tested). Saturates: 0 below -87.3,
 /// a value near f32::MAX above 88.3.
 ///
@@ -18,14 +25,15 @@ pub(crate) const POLYNOMIAL: [f32; 7] =
 pub(crate) fn exp(x: f32) -> f32 {
     let clamped = if x < LOW { LOW } else { x };
     let clamped = if clamped > HIGH { HIGH } else { clamped };
-    let n = clamped.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let raised = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = raised - ROUND;
     let r = n.mul_add(-LN2_HIGH, clamped);
     let r = n.mul_add(-LN2_LOW, r);
     let mut p = POLYNOMIAL[0];
     for term in &POLYNOMIAL[1..] {
         p = p.mul_add(r, *term);
     }
-    let scale = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    let scale = f32::from_bits(power_of_2_bits(raised));
     let y = p * scale;
     if x < LOW { 0.0 } else { y }
 }

@@ -163,7 +163,7 @@ unsafe impl Simd for Plain {
 
     #[inline(always)]
     unsafe fn power_of_2(v: Self::V) -> Self::V {
-        each(|i| f32::from_bits((((v[i] as i32) + 127) as u32) << 23))
+        each(|i| f32::from_bits(math::power_of_2_bits(v[i] + math::ROUND)))
     }
 
     #[inline(always)]
