@@ -106,9 +106,14 @@ pub fn at_least(
         let mut at = stretch * STRETCH;
         let end = logits.len().min(at + STRETCH);
         while let Some(next) = first_at_least(isa, &logits[at..end], least) {
-            at += next;
-            take(at, logits[at]);
-            at += 1;
+            let found = at + next;
+            // With it the rest of its sixteen.
+            at = end.min((found / LANES + 1) * LANES);
+            for (found, &logit) in (found..).zip(&logits[found..at]) {
+                if logit >= least {
+                    take(found, logit);
+                }
+            }
         }
     }
 }

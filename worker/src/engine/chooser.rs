@@ -81,6 +81,7 @@ struct Whole {
     peaks: Vec<f32>,
     candidates: Vec<Candidate>,
     scratch: Vec<i32>,
+    keys: Vec<u64>,
 }
 
 impl Chooser {
@@ -267,7 +268,8 @@ impl Chooser {
                 continue; // another token was chosen than the draft it stands behind
             }
             let Answer { candidates, is_all, total, .. } = &*answer;
-            let head = Head { candidates, is_all: *is_all, total: *total };
+            let (isa, is_all, total) = (rank.isa(), *is_all, *total);
+            let head = Head { isa, candidates, is_all, total };
             let position = next_position(entry, i);
             if candidates.is_empty() {
                 return Err(Error::NothingAllowed { position });
@@ -323,15 +325,16 @@ impl Whole {
         (sampling, position): (&Sampling, u32),
         total: u64,
     ) -> Result<Candidate, Error> {
-        let Self { raw, edited, peaks, candidates, scratch } = self;
+        let Self { raw, edited, peaks, candidates, scratch, keys } = self;
         edited.clone_from(raw);
         edit(edited, 0, edits, mask);
         peaks.resize(n_peaks(edited.len()), 0.0);
-        peaks_of(rank.isa(), edited, peaks);
-        let row = Row::new(rank.isa(), 0, edited, peaks)?;
+        let isa = rank.isa();
+        peaks_of(isa, edited, peaks);
+        let row = Row::new(isa, 0, edited, peaks)?;
         if sampling.wants_tail() {
             row.likeliest(sampling.n_head() as usize, raw, candidates, scratch);
-            let head = Head { candidates, is_all: false, total };
+            let head = Head { isa, candidates, is_all: false, total };
             let at = beyond(&head, sampling, position);
             let token = row.passing(at, candidates, row.highest(), sampling.scale());
             let token = token.ok_or(Error::NothingAllowed { position })?;
@@ -339,8 +342,8 @@ impl Whole {
             return Ok(Candidate { token, logit, raw });
         }
         if sampling.wants_total() {
-            row.reaching(sampling.nucleus(total), sampling.scale(), raw, candidates);
-            let head = Head { candidates, is_all: false, total };
+            row.reaching(sampling.nucleus(total), sampling.scale(), raw, candidates, keys);
+            let head = Head { isa, candidates, is_all: false, total };
             if let Some(chosen) = choose(&head, sampling, position) {
                 return Ok(candidates[chosen]);
             }
@@ -349,7 +352,7 @@ impl Whole {
         let mut n = peaks.len().max(sampling.top_k as usize);
         loop {
             row.likeliest(n, raw, candidates, scratch);
-            let head = Head { candidates, is_all: candidates.len() < n, total };
+            let head = Head { isa, candidates, is_all: candidates.len() < n, total };
             if let Some(chosen) = choose(&head, sampling, position) {
                 return Ok(candidates[chosen]);
             }

@@ -120,10 +120,12 @@ impl<'a> Row<'a> {
         for stretch in self.logits.chunks(STRETCH) {
             let end = first + stretch.len() as u32;
             let of_but = but.iter().filter(|candidate| (first..end).contains(&candidate.token));
-            let taken: u64 = of_but.map(|one| softmax::mass(one.logit, highest, scale)).sum();
+            let of_but = of_but.map(|candidate| candidate.logit);
+            let taken: u64 = softmax::masses(self.isa, of_but, highest, scale).sum();
             let mass = softmax::total(self.isa, stretch, highest, scale) - taken;
             if sum + mass > at {
-                let masses = stretch.iter().map(|&logit| softmax::mass(logit, highest, scale));
+                let logits = stretch.iter().copied();
+                let masses = softmax::masses(self.isa, logits, highest, scale);
                 for (token, mass) in (first..).zip(masses).filter(|&(token, _)| !is_in(token)) {
                     sum += mass;
                     if sum > at {
@@ -138,27 +140,37 @@ impl<'a> Row<'a> {
 
     /// Replaces `out` by the likeliest tokens that are not banned, best first: as many as make up
     /// this much mass at least, and hardly more; or all that weigh something.
-    pub fn reaching(&self, enough: u64, scale: f32, raw: &[f32], out: &mut Vec<Candidate>) {
+    /// `keys` is only kept for its memory.
+    pub fn reaching(
+        &self,
+        enough: u64,
+        scale: f32,
+        raw: &[f32],
+        out: &mut Vec<Candidate>,
+        keys: &mut Vec<u64>,
+    ) {
         let highest = self.highest();
         let mut counts = [0u32; N_BINS];
-        for &logit in self.logits {
-            let bin = ((highest - logit) * scale * BINS_A_FOLD) as usize;
-            counts[bin.min(N_BINS - 1)] += 1;
-        }
-        // What a bin weighs at least: each of its tokens as much as one beyond it.
+        softmax::count(self.isa, self.logits, highest, scale * BINS_A_FOLD, &mut counts);
+        // What a bin weighs at least: each of its tokens as much as one where it ends.
         let (mut bin, mut mass) = (0, 0.0);
         while bin < N_BINS - 1 && mass < enough as f64 {
+            let least = libm::exp(-(bin as f64 + 0.501) / f64::from(BINS_A_FOLD));
+            mass += f64::from(counts[bin]) * least * softmax::ONE as f64;
             bin += 1;
-            let least = libm::exp(-(bin as f64 + 1e-3) / f64::from(BINS_A_FOLD));
-            mass += f64::from(counts[bin - 1]) * least * softmax::ONE as f64;
         }
-        let least = highest - (bin as f32 + 1e-2) / (BINS_A_FOLD * scale);
+        let least = highest - (bin as f32 - 0.49) / (BINS_A_FOLD * scale);
         let least = if bin < N_BINS - 1 { least.max(BANNED.next_up()) } else { BANNED.next_up() };
-        out.clear();
+        keys.clear();
         at_least(self.isa, self.logits, self.peaks, least, |at, logit| {
-            out.push(Candidate { token: self.first + at as u32, logit, raw: raw[at] });
+            keys.push(key(logit, at));
         });
-        out.sort_unstable_by(likelier);
+        keys.sort_unstable();
+        out.clear();
+        out.extend(keys.iter().map(|key| {
+            let at = *key as u32 as usize;
+            Candidate { token: self.first + at as u32, logit: self.logits[at], raw: raw[at] }
+        }));
     }
 
     /// Replaces `out` by the `n` likeliest tokens that are not banned, best first; of equals the
@@ -217,6 +229,13 @@ pub fn keep_likeliest(n: usize, candidates: &mut Vec<Candidate>) {
 /// The bits of a float as an integer in the order of `f32::total_cmp`, and back.
 fn ordered(bits: i32) -> i32 {
     bits ^ ((bits >> 31) as u32 >> 1) as i32
+}
+
+/// A number for each token of a row, in the order of [`likelier`]; its low half is the index.
+fn key(logit: f32, at: usize) -> u64 {
+    // Adding 0 makes both zeros the same.
+    let order = ordered((logit + 0.0).to_bits() as i32) ^ i32::MAX;
+    u64::from(order as u32) << 32 | at as u64
 }
 
 /// By logit downwards, of equals the lower id first: a total order, so sorting has one result. The
@@ -299,13 +318,14 @@ mod tests {
         let peaks = peaks(&logits);
         let row = Row::new(Isa::detect(), 0, &logits, &peaks).unwrap();
         let (mut sorted, mut out, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+        let mut keys = Vec::new();
         row.likeliest(9000, &logits, &mut sorted, &mut scratch);
         for scale in [0.3, 1.0, 5.0] {
             let mass = |c: &Candidate| softmax::mass(c.logit, row.highest(), scale);
             let total: u64 = sorted.iter().map(mass).sum();
             for percent in [0, 1, 30, 95, 99, 100] {
                 let enough = total / 100 * percent;
-                row.reaching(enough, scale, &logits, &mut out);
+                row.reaching(enough, scale, &logits, &mut out, &mut keys);
                 assert_eq!(out, sorted[..out.len()], "{scale} {percent}");
                 let reached: u64 = out.iter().map(mass).sum();
                 assert!(reached >= enough, "{scale} {percent}: {reached} of {enough}");

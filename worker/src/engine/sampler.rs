@@ -5,7 +5,8 @@
 //! in order of ids), so that a few usually decide, and whether they do is known: see [`choose`]. Masses are integers, and random numbers come from a counter,
 //! not from a state: neither the split of the vocabulary nor a resumption elsewhere changes a token.
 
-use evener_kernels::softmax::{ONE, mass};
+use evener_kernels::Isa;
+use evener_kernels::softmax::{ONE, masses};
 
 use super::grammar::Grammar;
 
@@ -151,6 +152,7 @@ pub struct Candidate {
 /// The likeliest tokens of a row, and what is known of the rest.
 #[derive(Debug, Clone, Copy)]
 pub struct Head<'a> {
+    pub isa: Isa,
     /// Best first, of equals the lowest id first.
     pub candidates: &'a [Candidate],
     /// They are all tokens that may be chosen.
@@ -164,8 +166,17 @@ pub struct Head<'a> {
 #[must_use]
 pub fn beyond(head: &Head<'_>, sampling: &Sampling, position: u32) -> u64 {
     let highest = head.candidates.first().map_or(0.0, |candidate| candidate.logit);
-    let masses = head.candidates.iter().map(|one| mass(one.logit, highest, sampling.scale()));
-    drawn(head.total, sampling, position).saturating_sub(masses.sum())
+    let of_head = masses_of(head.isa, head.candidates, highest, sampling.scale()).sum();
+    drawn(head.total, sampling, position).saturating_sub(of_head)
+}
+
+fn masses_of(
+    isa: Isa,
+    candidates: &[Candidate],
+    highest: f32,
+    scale: f32,
+) -> impl Iterator<Item = u64> {
+    masses(isa, candidates.iter().map(|candidate| candidate.logit), highest, scale)
 }
 
 /// A place in this much mass.
@@ -179,16 +190,15 @@ fn drawn(total: u64, sampling: &Sampling, position: u32) -> u64 {
 /// many as [`Sampling::n_head`] says, and [`beyond`] goes on.
 #[must_use]
 pub fn choose(head: &Head<'_>, sampling: &Sampling, position: u32) -> Option<usize> {
-    let &Head { mut candidates, mut is_all, mut total } = head;
+    let &Head { isa, mut candidates, mut is_all, mut total } = head;
     let highest = candidates.first()?.logit;
     if sampling.is_greedy() {
         return Some(0);
     }
-    let scale = sampling.scale();
-    let mass = |candidate: &Candidate| mass(candidate.logit, highest, scale);
+    let masses_of = |candidates| masses_of(isa, candidates, highest, sampling.scale());
     if sampling.min_p > 0.0 {
         let least = (f64::from(sampling.min_p) * ONE as f64).ceil() as u64;
-        if let Some(n) = candidates.iter().position(|candidate| mass(candidate) < least) {
+        if let Some(n) = masses_of(candidates).position(|mass| mass < least) {
             (candidates, is_all) = (&candidates[..n], true);
         }
     }
@@ -197,21 +207,21 @@ pub fn choose(head: &Head<'_>, sampling: &Sampling, position: u32) -> Option<usi
         (candidates, is_all) = (&candidates[..top_k], true);
     }
     if is_all {
-        total = candidates.iter().map(mass).sum();
+        total = masses_of(candidates).sum();
     } else if !sampling.wants_total() {
         return None; // where the cut is has not been seen
     }
     if sampling.top_p < 1.0 {
         // Holtzman et al. 2020, section 3.1; at least one token.
         let enough = sampling.nucleus(total);
-        match reach(candidates.iter().map(mass), |sum| sum >= enough) {
+        match reach(masses_of(candidates), |sum| sum >= enough) {
             Some((_, sum)) => total = sum,
             None if is_all => {}
             None => return None,
         }
     }
     let at = drawn(total, sampling, position);
-    reach(candidates.iter().map(mass), |sum| sum > at).map(|(idx, _)| idx)
+    reach(masses_of(candidates), |sum| sum > at).map(|(idx, _)| idx)
 }
 
 /// The first item at which the sum so far is enough, and that sum.
@@ -276,7 +286,7 @@ mod tests {
     }
 
     fn all(candidates: &[Candidate]) -> Head<'_> {
-        Head { candidates, is_all: true, total: 0 }
+        Head { isa: Isa::detect(), candidates, is_all: true, total: 0 }
     }
 
     #[test]
@@ -379,12 +389,13 @@ mod tests {
         ];
         for sampling in samplings {
             let scale = sampling.scale();
-            let total = candidates.iter().map(|c| mass(c.logit, highest, scale)).sum();
+            let isa = Isa::detect();
+            let total = masses_of(isa, &candidates, highest, scale).sum();
             let (mut n_told, mut n_open) = (0, 0);
             for position in 0..50 {
                 let whole = choose(&all(&candidates), &sampling, position).unwrap();
                 for n in [1, 5, 40, 64, 200, 599] {
-                    let head = Head { candidates: &candidates[..n], is_all: false, total };
+                    let head = Head { isa, candidates: &candidates[..n], is_all: false, total };
                     match choose(&head, &sampling, position) {
                         Some(chosen) => assert_eq!(chosen, whole, "{n} {sampling:?}"),
                         None => n_open += 1,
