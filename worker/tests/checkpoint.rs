@@ -29,6 +29,7 @@ fn the_demo_model_is_described_as_it_is() {
         norm_eps: 1e-5,
         rope: Rope { theta: 1e5, dim: 64, pairs: RopePairs::Adjacent },
         tied_head: true,
+        experts: None,
     };
     assert_eq!(checkpoint.config, expected);
     assert!(checkpoint.unused_tensors.is_empty(), "{:?}", checkpoint.unused_tensors);

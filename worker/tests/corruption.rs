@@ -128,6 +128,28 @@ fn tensor<'a>(file: &'a mut File, name: &str) -> &'a mut Tensor {
 }
 
 #[test]
+fn experts_that_cannot_be_served_are_refused_by_key() {
+    let experts = |n: u32, n_used: u32| {
+        move |file: &mut File| {
+            file.set("llama.expert_count", Value::U32(n));
+            file.set("llama.expert_used_count", Value::U32(n_used));
+        }
+    };
+    check(set("llama.expert_count", Value::U32(8)), &["`llama.expert_used_count` is missing"]);
+    check(experts(8, 9), &["used experts is 9", "at most 8"]);
+    check(experts(8, 0), &["used experts is 0"]);
+    check(experts(1 << 20, 2), &["expert count", "at most 1024"]);
+    check(set("llama.expert_shared_count", Value::U32(1)), &["expert_shared_count", "1"]);
+    check(set("llama.expert_gating_func", Value::U32(2)), &["expert_gating_func", "softmax"]);
+    check(set("llama.expert_weights_scale", Value::F32(2.5)), &["expert_weights_scale", "2.5"]);
+    let renamed = |name: &'static str| {
+        move |file: &mut File| name.clone_into(&mut tensor(file, "blk.0.ffn_up.weight").name)
+    };
+    check(renamed("blk.0.ffn_up_exps.weight"), &["ffn_up_exps", "without expert_count"]);
+    check(renamed("blk.0.ffn_up_shexp.weight"), &["ffn_up_shexp", "all tokens"]);
+}
+
+#[test]
 fn metadata_that_cannot_be_served_are_refused_by_key() {
     let text = |text: &str| Value::String(text.to_owned());
     check(|f| f.remove("general.architecture"), &["`general.architecture` is missing"]);
@@ -148,7 +170,6 @@ fn metadata_that_cannot_be_served_are_refused_by_key() {
     check(set("llama.vocab_size", Value::U32(261)), &["llama.vocab_size is 261", "260"]);
     check(set("llama.rope.freq_base", Value::F32(f32::NAN)), &["rope theta", "NaN"]);
     check(set("llama.rope.scaling.type", text("yarn")), &["rope.scaling.type", "yarn", "none"]);
-    check(set("llama.expert_count", Value::U32(8)), &["llama.expert_count", "dense"]);
     check(set("general.alignment", Value::U32(7)), &["general.alignment", "multiple of 8"]);
 }
 

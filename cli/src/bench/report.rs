@@ -215,11 +215,8 @@ impl Work {
     pub fn prefill(n: usize, seconds: &[f64], demand: &Demand, ceilings: &Ceilings) -> Self {
         let weights = demand.layer_weights as f64 * n as f64 + demand.head_weights as f64;
         let cache = demand.kv_bytes_per_token as f64 * n as f64;
-        let step = Step {
-            n_tokens: n as f64,
-            ops: 2.0 * weights,
-            bytes: demand.step_bytes as f64 + cache,
-        };
+        let step =
+            Step { n_tokens: n as f64, ops: 2.0 * weights, bytes: demand.bytes_of_step(n) + cache };
         Self::new("prefill", n, step, seconds, demand.arithmetic, ceilings)
     }
 
@@ -236,7 +233,7 @@ impl Work {
         let step = Step {
             n_tokens: n as f64,
             ops: 2.0 * weights * n as f64,
-            bytes: demand.step_bytes as f64 + cache,
+            bytes: demand.bytes_of_step(n) + cache,
         };
         Self::new("decode", n, step, seconds, demand.arithmetic, ceilings)
     }
@@ -292,6 +289,8 @@ pub(super) mod tests {
         layer_weights: 900_000_000,
         head_weights: 100_000_000,
         step_bytes: 600_000_000,
+        expert_bytes: 0,
+        experts: None,
         kv_bytes_per_token: 0,
         arithmetic: Kind::Int8,
     };

@@ -27,6 +27,7 @@ pub mod peaks;
 mod pieces;
 pub mod pool;
 pub mod rope;
+pub mod routing;
 pub mod softmax;
 
 mod dense;

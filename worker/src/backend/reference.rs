@@ -9,7 +9,7 @@ use evener_kernels::quant::Format;
 
 use crate::checkpoint::Checkpoint;
 use crate::model::config::{Rope, RopePairs};
-use crate::model::program::{BufferId, LeafSum, Op, Program, Weight, WeightId};
+use crate::model::program::{BufferId, Expert, LeafSum, Op, Program, Weight, WeightId};
 
 use super::{Backend, Batch, Error, KV_BLOCK_LEN, LoadError, Loaded, Progress, Span};
 
@@ -236,6 +236,17 @@ impl Reference {
                 collective.all_reduce(tag, plan, &parts, &mut sum)?;
                 self.write(*out, Tensor::from_vec(sum, (n_rows, columns), &Device::Cpu)?)
             }
+            Op::Route { logits, n_used, out } => self.route(*logits, *n_used, *out),
+            Op::Experts { input, routes, experts, sum, out, .. } => {
+                self.experts(*input, *routes, experts, sum, *out)
+            }
+            Op::Combine { outputs, routes, out } => {
+                let (outputs, routes) = (self.read(*outputs), self.read(*routes));
+                let (n_rows, n_used) = (routes.dim(0)?, routes.dim(1)? / 2);
+                let weights = routes.narrow(1, n_used, n_used)?.unsqueeze(2)?;
+                let outputs = outputs.reshape((n_rows, n_used, ()))?;
+                self.write(*out, outputs.broadcast_mul(&weights)?.sum(1)?)
+            }
             Op::Head { input, weight } => self.head(*input, *weight, batch),
         }
     }
@@ -274,6 +285,47 @@ impl Reference {
         self.write(out, out_rows)
     }
 
+    fn route(&mut self, logits: BufferId, n_used: usize, out: BufferId) -> Result<(), Error> {
+        let mut routes = Vec::new();
+        for logits in self.read(logits).to_vec2::<f32>()? {
+            let mut order: Vec<usize> = (0..logits.len()).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+            order.truncate(n_used);
+            order.sort_unstable();
+            let odds: Vec<f64> = order.iter().map(|&e| f64::from(logits[e]).exp()).collect();
+            routes.extend(order.iter().map(|&e| e as f32));
+            routes.extend(odds.iter().map(|one| (one / odds.iter().sum::<f64>()) as f32));
+        }
+        let n_rows = routes.len() / (2 * n_used);
+        self.write(out, Tensor::from_vec(routes, (n_rows, 2 * n_used), &Device::Cpu)?)
+    }
+
+    /// Row by row and expert by expert.
+    fn experts(
+        &mut self,
+        input: BufferId,
+        routes: BufferId,
+        experts: &[Expert],
+        sum: &LeafSum,
+        out: BufferId,
+    ) -> Result<(), Error> {
+        let (input, routes) = (self.read(input), self.read(routes).to_vec2::<f32>()?);
+        let mut rows = Vec::new();
+        for (t, routes) in routes.iter().enumerate() {
+            let x = input.narrow(0, t, 1)?;
+            let mut outputs = Vec::new();
+            for &e in &routes[..routes.len() / 2] {
+                let expert = &experts[e as usize];
+                let gate = x.matmul(&self.weights[expert.gate.0].t()?)?;
+                let up = x.matmul(&self.weights[expert.up.0].t()?)?;
+                let silu = (&gate / (gate.neg()?.exp()? + 1.0)?)?;
+                outputs.push(self.sum_leaves(&(silu * up)?, expert.down, sum)?);
+            }
+            rows.push(Tensor::cat(&outputs, 2)?);
+        }
+        self.write(out, Tensor::cat(&rows, 1)?)
+    }
+
     fn linear_parts(
         &mut self,
         input: BufferId,
@@ -281,7 +333,13 @@ impl Reference {
         sum: &LeafSum,
         out: BufferId,
     ) -> Result<(), Error> {
-        let (input, weight) = (self.read(input), self.weights[weight.0].clone());
+        let parts = self.sum_leaves(&self.read(input), weight, sum)?;
+        self.write(out, parts)
+    }
+
+    /// `[n_parts, T, rows of the weight]`
+    fn sum_leaves(&self, input: &Tensor, weight: WeightId, sum: &LeafSum) -> Result<Tensor, Error> {
+        let weight = self.weights[weight.0].clone();
         let mut parts = Vec::with_capacity(sum.part_leaves.len());
         let mut leaf = 0;
         for &n_leaves in &sum.part_leaves {
@@ -302,7 +360,7 @@ impl Reference {
             assert!(stack.is_empty(), "a part is one sum");
             parts.push(part);
         }
-        self.write(out, Tensor::stack(&parts, 0)?)
+        Ok(Tensor::stack(&parts, 0)?)
     }
 
     /// q or k with the first `rope.dim` columns of each head rotated by the tokens' positions.

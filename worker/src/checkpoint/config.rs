@@ -1,6 +1,6 @@
 //! GGUF metadata to [`ModelConfig`]. What Evener does not know is refused by name, never guessed.
 
-use crate::model::config::{self, Family, ModelConfig, Rope, RopePairs};
+use crate::model::config::{self, Experts, Family, ModelConfig, Rope, RopePairs};
 
 use super::gguf::Gguf;
 use super::metadata::{self, Metadata, required};
@@ -10,7 +10,9 @@ use super::metadata::{self, Metadata, required};
 pub enum Error {
     #[error(transparent)]
     Metadata(#[from] metadata::Error),
-    #[error("architecture `{got}` is not supported; supported: llama")]
+    #[error(
+        "architecture `{got}` is not supported; supported: llama (Llama, Mistral, Mixtral, SmolLM2)"
+    )]
     Architecture { got: String },
     #[error("{what} is not supported: {key} is {got}; supported: {supported}")]
     Unsupported { what: &'static str, key: String, got: String, supported: &'static str },
@@ -39,13 +41,14 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, Error> {
 fn llama(gguf: &Gguf, metadata: Metadata<'_>) -> Result<ModelConfig, Error> {
     let read = Reader { metadata, prefix: "llama" };
     refuse_unsupported(&read)?;
-    refuse_tensors(gguf)?;
     let hidden = read.size("embedding_length")?;
     let n_heads = read.size("attention.head_count")?;
     let n_kv_heads = read.optional("attention.head_count_kv")?.unwrap_or(n_heads);
     let head_dim = head_dim(&read, hidden, n_heads)?;
+    let experts = experts(gguf, &read)?;
+    refuse_tensors(gguf, experts.is_some())?;
     Ok(ModelConfig {
-        family: Family::Llama,
+        family: if experts.is_some() { Family::Mixtral } else { Family::Llama },
         hidden,
         n_layers: read.size("block_count")?,
         n_heads,
@@ -61,7 +64,19 @@ fn llama(gguf: &Gguf, metadata: Metadata<'_>) -> Result<ModelConfig, Error> {
             pairs: RopePairs::Adjacent,
         },
         tied_head: gguf.tensor("output.weight").is_none(),
+        experts,
     })
+}
+
+/// Mixtral is a Llama with experts, in files too.
+fn experts(gguf: &Gguf, read: &Reader<'_>) -> Result<Option<Experts>, Error> {
+    let n = read.optional("expert_count")?.unwrap_or(0);
+    if n == 0 {
+        return Ok(None);
+    }
+    let n_used = read.size("expert_used_count")?;
+    let are_stacked = gguf.tensor("blk.0.ffn_gate_exps.weight").is_some();
+    Ok(Some(Experts { n, n_used, are_stacked }))
 }
 
 /// Metadata that would change the numbers of a Llama model in ways that are not implemented.
@@ -83,11 +98,26 @@ fn refuse_unsupported(read: &Reader<'_>) -> Result<(), Error> {
             return unsupported("rope scaling", name, got.to_string(), "1");
         }
     }
-    let name = "expert_count";
+    for name in ["expert_shared_count", "expert_group_count", "leading_dense_block_count"] {
+        if let Some(got) = read.optional(name)?
+            && got > 0
+        {
+            return unsupported("this mixture of experts", name, got.to_string(), "0");
+        }
+    }
+    for name in ["expert_weights_scale"] {
+        if let Some(got) = read.optional_float(name)?
+            && got != 0.0
+            && got != 1.0
+        {
+            return unsupported("a scale of experts", name, got.to_string(), "1");
+        }
+    }
+    let name = "expert_gating_func";
     if let Some(got) = read.optional(name)?
-        && got > 0
+        && got > 1
     {
-        return unsupported("a mixture of experts", name, got.to_string(), "dense models");
+        return unsupported("this choice of experts", name, got.to_string(), "1, a softmax");
     }
     let name = "attention.sliding_window";
     if let Some(got) = read.optional(name)?
@@ -99,12 +129,15 @@ fn refuse_unsupported(read: &Reader<'_>) -> Result<(), Error> {
 }
 
 /// Tensors that a Llama program would not read although they change its numbers.
-fn refuse_tensors(gguf: &Gguf) -> Result<(), Error> {
+fn refuse_tensors(gguf: &Gguf, has_experts: bool) -> Result<(), Error> {
     for tensor in gguf.tensors() {
         let what = match tensor.name.as_str() {
             "rope_freqs.weight" => "rope scaling by frequency factors (Llama 3.1 and later)",
             name if name.ends_with(".bias") => "a bias",
-            name if name.contains("_exps.") || name.contains("_gate_inp") => "a mixture of experts",
+            name if name.contains("_shexp.") => "an expert that all tokens take",
+            name if !has_experts && (name.contains("_exps.") || name.contains("_gate_inp")) => {
+                "a mixture of experts without expert_count"
+            }
             _ => continue,
         };
         let tensor = super::fault::printable(&tensor.name);

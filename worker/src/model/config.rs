@@ -10,6 +10,7 @@ pub const BLOCK: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     Llama,
+    Mixtral,
 }
 
 /// The shape of a decoder-only transformer.
@@ -34,6 +35,26 @@ pub struct ModelConfig {
     pub rope: Rope,
     /// The head is the embedding table.
     pub tied_head: bool,
+    /// Of a layer's FFN, if it has several to choose from.
+    pub experts: Option<Experts>,
+}
+
+/// The FFNs of a layer, each of `ModelConfig::ffn` columns, of which a token takes a few (Shazeer et
+/// al. 2017, "Outrageously large neural networks").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    pub n: usize,
+    /// That one token takes.
+    pub n_used: usize,
+    /// One tensor holds a kind of matrix of all experts, below each other, or each is its own.
+    pub are_stacked: bool,
+}
+
+impl Experts {
+    /// Most of a layer.
+    pub const MAX: usize = 1024;
+    /// Most that one token takes.
+    pub const MAX_USED: usize = 32;
 }
 
 /// Rotary position embedding (Su et al. 2021, RoFormer, section 3.2.2).
@@ -90,6 +111,20 @@ impl ModelConfig {
             }
             if got > max {
                 return Err(Error::TooLarge { what, got, max });
+            }
+        }
+        if let Some(Experts { n, n_used, .. }) = self.experts {
+            let sizes = [
+                ("expert count", n, Experts::MAX),
+                ("used experts", n_used, n.min(Experts::MAX_USED)),
+            ];
+            for (what, got, max) in sizes {
+                if got == 0 {
+                    return Err(Error::Zero { what, got });
+                }
+                if got > max {
+                    return Err(Error::TooLarge { what, got, max });
+                }
             }
         }
         let multiples = [

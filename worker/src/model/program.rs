@@ -92,6 +92,23 @@ pub enum Op {
     Attention { q: BufferId, layer: usize, kv_of_head: Vec<usize>, scale: f32, out: BufferId },
     /// `out = silu(gate) * up` (Shazeer 2020).
     SiluGate { gate: BufferId, up: BufferId, out: BufferId },
+    /// The experts that each token takes and what they weigh: the `n_used` of the largest logits, of
+    /// equals the first, and the softmax of those (Jiang et al. 2024, "Mixtral of experts", section
+    /// 2.1). `out[t]`: their numbers, ascending, as floats; then their weights.
+    Route { logits: BufferId, n_used: usize, out: BufferId },
+    /// The gated FFN of each token's experts, before it is summed over ranks:
+    /// `out[p][t][k] = ` sum over the leaves of part p of
+    /// `(silu(x * gate_e^T) * (x * up_e^T)) * down_e^T`, e being the k-th expert of token t.
+    Experts {
+        input: BufferId,
+        routes: BufferId,
+        experts: Vec<Expert>,
+        sum: LeafSum,
+        room: Room,
+        out: BufferId,
+    },
+    /// `out[t] = ` sum over the token's experts, in their order, of weight times output.
+    Combine { outputs: BufferId, routes: BufferId, out: BufferId },
     /// Sums the parts of all ranks by the plan's tree.
     AllReduce { parts: BufferId, plan: ReduceId, out: BufferId },
     /// Logits of the rows to be sampled, over this rank's vocabulary rows.
@@ -115,6 +132,25 @@ impl Op {
 pub struct Projection {
     pub weight: WeightId,
     pub out: BufferId,
+}
+
+/// The matrices of one expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expert {
+    pub gate: WeightId,
+    pub up: WeightId,
+    pub down: WeightId,
+}
+
+/// Buffers for the tokens of one expert at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Their rows of the input.
+    pub input: BufferId,
+    pub gate: BufferId,
+    pub up: BufferId,
+    pub activated: BufferId,
+    pub parts: BufferId,
 }
 
 /// How a row-parallel matrix sums its columns: leaf by leaf, and leaves by a fixed tree.

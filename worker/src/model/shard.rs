@@ -39,6 +39,8 @@ pub struct Split {
     pub ffn_plan: ReducePlan,
     /// Only one rank's row is not zero, so any order gives the same sum.
     pub embed_plan: ReducePlan,
+    /// What the lead alone computed, for all.
+    pub lead_plan: ReducePlan,
 }
 
 /// Why shares cannot be split.
@@ -110,6 +112,7 @@ pub fn split(config: &ModelConfig, shares: &[u32]) -> Result<Split, Error> {
         heads_plan: ReducePlan::new(&heads_tree, &heads),
         ffn_plan: ReducePlan::new(&ffn_tree, &ffn),
         embed_plan: ReducePlan::any_order(shares.len()),
+        lead_plan: ReducePlan::new(&SumTree::balanced(1), &apportion(1, &lead_only(shares.len()))),
         heads_tree,
         ffn_tree,
         shards,
@@ -123,6 +126,10 @@ impl Shard {
         let Self { heads, kv_heads, ffn, vocab } = self;
         format!("heads {heads:?}, kv heads {kv_heads:?}, ffn {ffn:?}, vocabulary {vocab:?}")
     }
+}
+
+fn lead_only(n_ranks: usize) -> Vec<u32> {
+    (0..n_ranks).map(|rank| u32::from(rank == 0)).collect()
 }
 
 /// Contiguous ranges of `n_units` by largest remainder; ties go to the lower rank.
@@ -179,6 +186,7 @@ mod tests {
             norm_eps: 1e-5,
             rope: Rope { theta: 1e5, dim: 64, pairs: RopePairs::Adjacent },
             tied_head: true,
+            experts: None,
         }
     }
 

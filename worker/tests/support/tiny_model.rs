@@ -1,4 +1,4 @@
-//! Random-weight Llama models of any small shape and format, as GGUF files with a byte tokenizer.
+//! Random-weight Llama and Mixtral models of any small shape and format, as GGUF files with a byte tokenizer.
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor as CandleTensor};
@@ -21,8 +21,18 @@ pub struct TinyModel {
     pub vocab: usize,
     pub context_length: usize,
     pub tied_head: bool,
-    /// Of every matrix.
+    /// Of every matrix but the routers, which are f32.
     pub format: GgmlDType,
+    pub experts: Option<Experts>,
+}
+
+/// Of a Mixtral model; `ffn` columns each.
+#[derive(Debug, Clone, Copy)]
+pub struct Experts {
+    pub n: usize,
+    pub n_used: usize,
+    /// All experts' matrices of a kind in one tensor.
+    pub are_stacked: bool,
 }
 
 impl Default for TinyModel {
@@ -39,6 +49,7 @@ impl Default for TinyModel {
             context_length: 128,
             tied_head: true,
             format: GgmlDType::F32,
+            experts: None,
         }
     }
 }
@@ -98,6 +109,10 @@ impl TinyModel {
         for (key, size) in sizes {
             file.set(key, Value::U32(size as u32));
         }
+        if let Some(experts) = self.experts {
+            file.set("llama.expert_count", Value::U32(experts.n as u32));
+            file.set("llama.expert_used_count", Value::U32(experts.n_used as u32));
+        }
         file.set("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5));
         file.set("llama.rope.freq_base", Value::F32(10_000.0));
     }
@@ -137,13 +152,13 @@ impl TinyModel {
                 ("attn_k", kv, self.hidden),
                 ("attn_v", kv, self.hidden),
                 ("attn_output", self.hidden, q),
-                ("ffn_gate", self.ffn, self.hidden),
-                ("ffn_up", self.ffn, self.hidden),
-                ("ffn_down", self.hidden, self.ffn),
             ];
-            for (name, rows, columns) in shapes {
+            for (name, rows, columns) in shapes.into_iter().chain(self.ffn_shapes()) {
                 matrix(format!("blk.{layer}.{name}.weight"), rows, columns);
             }
+        }
+        if let Some(experts) = self.experts {
+            (0..self.n_layers).for_each(|layer| self.put_experts(file, &mut rng, layer, experts));
         }
         for layer in 0..self.n_layers {
             for name in ["attn_norm", "ffn_norm"] {
@@ -152,6 +167,43 @@ impl TinyModel {
             }
         }
         file.tensors.push(vector(&mut rng, "output_norm.weight".to_owned(), self.hidden));
+    }
+
+    /// Of a layer without experts; of one with, each has such matrices.
+    fn ffn_shapes(&self) -> Vec<(&'static str, usize, usize)> {
+        match self.experts {
+            Some(_) => Vec::new(),
+            None => self.expert_shapes().to_vec(),
+        }
+    }
+
+    fn expert_shapes(&self) -> [(&'static str, usize, usize); 3] {
+        let (hidden, ffn) = (self.hidden, self.ffn);
+        [("ffn_gate", ffn, hidden), ("ffn_up", ffn, hidden), ("ffn_down", hidden, ffn)]
+    }
+
+    fn put_experts(&self, file: &mut File, rng: &mut StdRng, layer: usize, experts: Experts) {
+        let router = format!("blk.{layer}.ffn_gate_inp.weight");
+        // Spread far enough that the experts' weights differ.
+        let spread = 4.0 * (3.0 / self.hidden as f32).sqrt();
+        let values = (0..experts.n * self.hidden).map(|_| rng.random_range(-spread..spread));
+        let router = quantized(router, values.collect(), experts.n, self.hidden, GgmlDType::F32);
+        file.tensors.push(router);
+        for (name, rows, columns) in self.expert_shapes() {
+            let of = |e| format!("blk.{layer}.{name}.{e}.weight");
+            let each: Vec<Tensor> =
+                (0..experts.n).map(|e| self.matrix(rng, of(e), rows, columns)).collect();
+            if !experts.are_stacked {
+                file.tensors.extend(each);
+                continue;
+            }
+            file.tensors.push(Tensor {
+                name: format!("blk.{layer}.{name}_exps.weight"),
+                dimensions: vec![columns as u64, rows as u64, experts.n as u64],
+                ggml_type: each[0].ggml_type,
+                data: each.into_iter().flat_map(|tensor| tensor.data).collect(),
+            });
+        }
     }
 
     /// Falls back to Q8_0 where the columns are no whole blocks of the format.

@@ -28,6 +28,10 @@ pub(super) const ADD_PARTS: Kernel = kernel("add_parts", ROW_THREADS as u32);
 pub(super) const CANDIDATES: Kernel = kernel("candidates", ROW_THREADS as u32);
 pub(super) const LIKELIEST: Kernel = kernel("likeliest", 32);
 pub(super) const PEAKS: Kernel = kernel("peaks", 32);
+pub(super) const ROUTE_TOKENS: Kernel = kernel("route_tokens", 32);
+pub(super) const GATHER_ROWS: Kernel = kernel("gather_rows", ROW_THREADS as u32);
+pub(super) const SCATTER_ROWS: Kernel = kernel("scatter_rows", ROW_THREADS as u32);
+pub(super) const COMBINE_EXPERTS: Kernel = kernel("combine_experts", ROW_THREADS as u32);
 pub(super) const ROPE_KV: Kernel = kernel("rope_kv", ROPE_THREADS);
 /// Of a cache in f16.
 pub(super) const ATTEND: Kernel = kernel("attend", 128);
@@ -113,6 +117,10 @@ pub(super) fn all(shape: Shape) -> Vec<Kernel> {
         CANDIDATES,
         LIKELIEST,
         PEAKS,
+        ROUTE_TOKENS,
+        GATHER_ROWS,
+        SCATTER_ROWS,
+        COMBINE_EXPERTS,
         ROPE_KV,
         MERGE_ATTENDED,
     ];

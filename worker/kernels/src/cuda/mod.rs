@@ -11,6 +11,7 @@ pub mod group;
 pub mod linear;
 pub mod matrix;
 pub mod probe;
+pub mod routing;
 pub mod rows;
 pub mod source;
 

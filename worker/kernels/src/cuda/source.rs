@@ -8,10 +8,11 @@ const DEVICE: &str = include_str!("../../cuda/device.cuh");
 const EMULATOR: &str = include_str!("../../cuda/emulator.hpp");
 
 /// In the order in which they build on each other.
-const KERNELS: [(&str, &str); 10] = [
+const KERNELS: [(&str, &str); 11] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("activations.cu", include_str!("../../cuda/activations.cu")),
     ("rows.cu", include_str!("../../cuda/rows.cu")),
+    ("routing.cu", include_str!("../../cuda/routing.cu")),
     ("stream.cu", include_str!("../../cuda/stream.cu")),
     ("quantised.cu", include_str!("../../cuda/quantised.cu")),
     ("dense.cu", include_str!("../../cuda/dense.cu")),

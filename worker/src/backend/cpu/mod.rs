@@ -5,6 +5,7 @@
 //! split.
 
 mod angles;
+mod experts;
 mod weights;
 
 use std::sync::Arc;
@@ -83,6 +84,8 @@ struct Rank {
     /// Of the current step.
     spans: Vec<attention::Span>,
     angles: Angles,
+    /// Places in the routes of those tokens that take the expert at work.
+    taking: Vec<usize>,
     sampled: Vec<f32>, // [S, hidden]
     logits: Vec<f32>,  // [S, own vocabulary rows]
     n_logits: usize,
@@ -116,6 +119,7 @@ impl Rank {
             attention: Scratch::new(options.threads, options.max_context, program.head_dim),
             spans: Vec::with_capacity(tokens),
             angles: Angles::new(weights.rope, options.max_context),
+            taking: Vec::with_capacity(tokens),
             sampled: vec![0.0; options.max_sample_rows * widest],
             logits: vec![0.0; options.max_sample_rows * program.vocab.len()],
             n_logits: 0,
@@ -232,6 +236,11 @@ impl Step<'_> {
                 self.put(*out_id, out);
                 result?;
             }
+            Op::Route { logits, out, .. } => self.route(*logits, *out),
+            Op::Experts { input, routes, experts, sum, room, out } => {
+                self.experts([*input, *routes, *out], experts, sum, room);
+            }
+            Op::Combine { outputs, routes, out } => self.combine(*outputs, *routes, *out),
             Op::Head { input, weight } => self.head(*input, *weight),
         }
         Ok(())

@@ -53,6 +53,9 @@ fn reads(op: &Op, id: BufferId) -> bool {
         Op::RopeKv { q, k, v, .. } => [q, k, v].contains(&&id),
         Op::Attention { q, .. } => *q == id,
         Op::SiluGate { gate, up, .. } => *gate == id || *up == id,
+        Op::Route { logits, .. } => *logits == id,
+        Op::Experts { input, routes, .. } => *input == id || *routes == id,
+        Op::Combine { outputs, routes, .. } => *outputs == id || *routes == id,
         Op::AllReduce { parts, .. } => *parts == id,
     }
 }

@@ -5,6 +5,7 @@
 //! large products of bf16 in another than small ones: it does not promise the same bits.
 
 mod angles;
+mod experts;
 mod fusion;
 mod graphs;
 mod plan;

@@ -17,6 +17,7 @@ use evener_kernels::cuda::{Buffer, Device, Error as DeviceError, Graph, Shape, r
 use evener_kernels::peaks::n_peaks;
 
 use super::angles::Angles;
+use super::experts::{Products, Taking};
 use super::fusion;
 use super::graphs::{Choice, Graphs};
 use super::plan::{Bounds, Layout, Plan, Sizes};
@@ -70,6 +71,7 @@ pub(super) enum Prepared {
     Nothing,
     Parts(Parts),
     Heads(Heads),
+    Experts(Products),
 }
 
 /// Device memory that only a step uses.
@@ -78,6 +80,7 @@ pub(super) struct Scratch {
     pub(super) activations: Activations,
     pub(super) linear: linear::Scratch,
     pub(super) attended: Option<attention::Parts>,
+    pub(super) taking: Taking,
     pub(super) sampled: Buffer<f32>, // [S, hidden]
     pub(super) logits: Buffer<f32>,  // [S, own vocabulary rows]
     candidates: Buffer<f32>,         // [S, candidates_len]
@@ -170,6 +173,7 @@ impl Rank {
                 0 => None,
                 n => Some(attention::Parts::new(&device, bounds.max_items, n, shape.head_dim)?),
             },
+            taking: Taking::new(&device, program, bounds.max_tokens)?,
             linear: linear::Scratch::new(&device, widest)?,
             sampled: device.buffer(max_samples * widest)?,
             logits: device.buffer(max_samples * vocab)?,
@@ -221,10 +225,15 @@ fn prepare(device: &Device, program: &Program, op: &Op) -> Result<Prepared, Devi
         Op::Attention { kv_of_head, .. } => {
             Prepared::Heads(Heads::new(device, kv_of_head, program.n_kv_heads)?)
         }
+        Op::Experts { input, sum, .. } => {
+            Prepared::Experts(Products::new(device, program, *input, sum)?)
+        }
         Op::Embed { .. }
         | Op::Norm { .. }
         | Op::RopeKv { .. }
         | Op::SiluGate { .. }
+        | Op::Route { .. }
+        | Op::Combine { .. }
         | Op::AllReduce { .. } => Prepared::Nothing,
     })
 }
@@ -265,9 +274,10 @@ impl Backend for Rank {
         self.angles.extend(end)?;
         self.logits.take();
         self.n_sampled = batch.sample_rows.len();
-        // What goes through the host cannot be recorded.
         let is_on_devices = collective.world_size() == 1 || self.group.is_some();
-        let pads = is_on_devices && Plan::is_bucketed(batch, &self.bounds);
+        // What goes through the host, or is looked at there, cannot be recorded.
+        let is_looked_at = self.scratch.taking.is_used();
+        let pads = is_on_devices && !is_looked_at && Plan::is_bucketed(batch, &self.bounds);
         let (sizes, layout) = self.plan.make(batch, &self.bounds, pads);
         self.scratch.words.upload(0, &self.plan.words)?;
         let n_tables = batch.block_tables.len();

@@ -61,6 +61,9 @@ impl Step<'_> {
     pub(super) fn run(&self, records: bool, mut sums: Option<&mut Sums<'_>>) -> Result<(), Error> {
         for (index, op) in self.rank.weights.program.ops.iter().enumerate() {
             let Op::AllReduce { parts, out, .. } = op else {
+                if let (Op::Experts { .. }, Some(sums)) = (op, &mut sums) {
+                    sums.wait()?; // for what the host reads, where a lost rank is heard
+                }
                 self.launch(index, op)?;
                 continue;
             };
@@ -119,6 +122,9 @@ impl Step<'_> {
             Op::RopeKv { .. } => "rope, kv".to_owned(),
             Op::Attention { .. } => "attention".to_owned(),
             Op::SiluGate { .. } => "silu, gate".to_owned(),
+            Op::Route { .. } => "route".to_owned(),
+            Op::Experts { .. } => "experts".to_owned(),
+            Op::Combine { .. } => "combine".to_owned(),
             Op::Head { .. } => "head".to_owned(),
             Op::AllReduce { .. } => return None,
         })
@@ -160,6 +166,14 @@ impl Step<'_> {
             Op::SiluGate { gate, up, out } => {
                 activations::silu_gate(buffer(gate), buffer(up), self.making(index, *out))
             }
+            Op::Route { logits, n_used, out } => self.route(*logits, *n_used, *out),
+            Op::Experts { input, routes, experts, room, out, .. } => {
+                let Prepared::Experts(products) = &prepared[index] else {
+                    unreachable!("prepared by its op")
+                };
+                self.experts(products, [*input, *routes, *out], experts, room)
+            }
+            Op::Combine { outputs, routes, out } => self.combine(*outputs, *routes, *out),
             Op::Head { input, weight } => {
                 let (columns, weight) = (weights.columns(*input), weights.matrix(*weight));
                 let samples = scratch.words.view(self.layout.samples, n_samples);
@@ -183,7 +197,9 @@ impl Step<'_> {
     fn parts(&self, index: usize) -> &linear::Parts {
         match &self.rank.prepared[index] {
             Prepared::Parts(parts) => parts,
-            Prepared::Nothing | Prepared::Heads(_) => unreachable!("prepared by its op"),
+            Prepared::Nothing | Prepared::Heads(_) | Prepared::Experts(_) => {
+                unreachable!("prepared by its op")
+            }
         }
     }
 

@@ -26,7 +26,7 @@ const CONTROL_TOKENS: [&str; 2] = ["<|begin|>", "<|end|>"];
 /// Tokens of one sequence at most; enough for measuring long contexts.
 const CONTEXT_LENGTH: usize = 16_384;
 
-/// The sizes of a Llama model.
+/// The sizes of a Llama or Mixtral model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shape {
     pub name: &'static str,
@@ -39,11 +39,13 @@ pub struct Shape {
     /// At least 258: the bytes and two control tokens.
     pub vocab: usize,
     pub rope_theta: f32,
+    /// How many, and how many a token takes.
+    pub experts: Option<(usize, usize)>,
 }
 
 impl Shape {
     /// What can be asked for by name. All have a head of their own.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 6] = [
         Self {
             name: "llama-tiny",
             hidden: 256,
@@ -54,6 +56,7 @@ impl Shape {
             ffn: 512,
             vocab: 512,
             rope_theta: 10_000.0,
+            experts: None,
         },
         Self {
             name: "llama-1b",
@@ -65,6 +68,7 @@ impl Shape {
             ffn: 8192,
             vocab: 49_152,
             rope_theta: 10_000.0,
+            experts: None,
         },
         Self {
             name: "llama-8b",
@@ -76,6 +80,7 @@ impl Shape {
             ffn: 14_336,
             vocab: 128_256,
             rope_theta: 500_000.0,
+            experts: None,
         },
         Self {
             name: "llama-70b",
@@ -87,6 +92,31 @@ impl Shape {
             ffn: 28_672,
             vocab: 128_256,
             rope_theta: 500_000.0,
+            experts: None,
+        },
+        Self {
+            name: "mixtral-tiny",
+            hidden: 256,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_dim: 64,
+            ffn: 512,
+            vocab: 512,
+            rope_theta: 10_000.0,
+            experts: Some((4, 2)),
+        },
+        Self {
+            name: "mixtral-8x7b",
+            hidden: 4096,
+            n_layers: 32,
+            n_heads: 32,
+            n_kv_heads: 8,
+            head_dim: 128,
+            ffn: 14_336,
+            vocab: 32_000,
+            rope_theta: 1_000_000.0,
+            experts: Some((8, 2)),
         },
     ];
 }
@@ -300,6 +330,10 @@ impl Spec {
             ("llama.vocab_size", shape.vocab),
         ];
         sizes.into_iter().for_each(|(key, size)| writer.u32(key, size as u32));
+        if let Some((n, n_used)) = shape.experts {
+            writer.u32("llama.expert_count", n as u32);
+            writer.u32("llama.expert_used_count", n_used as u32);
+        }
         writer.f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
         writer.f32("llama.rope.freq_base", shape.rope_theta);
         self.put_tokenizer(writer);
@@ -333,18 +367,25 @@ impl Spec {
         for layer in 0..self.n_layers {
             tensors.push(Tensor::vector(format!("blk.{layer}.attn_norm"), hidden));
             tensors.push(Tensor::vector(format!("blk.{layer}.ffn_norm"), hidden));
+            let n_experts = self.shape.experts.map(|(n, _)| n);
+            if let Some(n) = n_experts {
+                let name = format!("blk.{layer}.ffn_gate_inp");
+                tensors.push(Tensor::matrix(name, Format::F32, n, hidden));
+            }
+            // Experts lie below each other.
+            let (suffix, n) = n_experts.map_or(("", 1), |n| ("_exps", n));
             let shapes = [
-                ("attn_q", q, hidden),
-                ("attn_k", kv, hidden),
-                ("attn_v", kv, hidden),
-                ("attn_output", hidden, q),
-                ("ffn_gate", ffn, hidden),
-                ("ffn_up", ffn, hidden),
-                ("ffn_down", hidden, ffn),
+                ("attn_q", "", q, hidden),
+                ("attn_k", "", kv, hidden),
+                ("attn_v", "", kv, hidden),
+                ("attn_output", "", hidden, q),
+                ("ffn_gate", suffix, n * ffn, hidden),
+                ("ffn_up", suffix, n * ffn, hidden),
+                ("ffn_down", suffix, n * hidden, ffn),
             ];
-            for (name, rows, columns) in shapes {
+            for (name, suffix, rows, columns) in shapes {
                 let format = self.mix.of_layer(name, layer, self.n_layers);
-                let name = format!("blk.{layer}.{name}");
+                let name = format!("blk.{layer}.{name}{suffix}");
                 tensors.push(Tensor::matrix(name, format, rows, columns));
             }
         }
