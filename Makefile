@@ -93,9 +93,9 @@ bench: model release
 	    --svg $(dir $(EVENER))roofline.svg $(ARGS)
 
 gpu-test: model release
-	$(CARGO) test -p evener-worker --test backends --test cuda --no-run
+	$(CARGO) test -p evener-worker --test backends --test mixtral --test cuda --no-run
 	@$(EVENER) doctor --device cuda:$(CARD) || { echo "make gpu-test needs an NVIDIA card; nothing was run" >&2; exit 1; }
-	EVENER_TEST_CARD=$(CARD) $(CARGO) test -p evener-worker --test backends --test cuda -- --test-threads 1
+	EVENER_TEST_CARD=$(CARD) $(CARGO) test -p evener-worker --test backends --test mixtral --test cuda -- --test-threads 1
 	@if command -v compute-sanitizer >/dev/null; then \
 	    EVENER_TEST_CARD=$(CARD) compute-sanitizer --error-exitcode 1 --target-processes all \
 	        $(CARGO) test -p evener-worker --test cuda -- --test-threads 1; \

@@ -108,10 +108,14 @@ fn ranks_that_round_otherwise_send_tokens_to_the_same_experts() {
     let want = Group { kind: Kind::Reference, ..group.clone() }.logits(&checkpoint, &prompts);
     let split = shard::split(&checkpoint.config, group.shares).unwrap();
     let program = |rank| families::compile(&checkpoint.config, &split, rank);
-    for kinds in [[Kind::Cpu, cuda()], [cuda(), Kind::Cpu]] {
+    for (kinds, meet) in [
+        ([Kind::Cpu, cuda()], Meet::OverHosts),
+        ([cuda(), Kind::Cpu], Meet::OverHosts),
+        ([cuda(), cuda()], Meet::OnDevices),
+    ] {
         let vocab = checkpoint.config.vocab;
-        let got = group.run_mixed(&kinds, Meet::OverHosts, &checkpoint, &program, vocab, &prompts);
-        compare(&want, &got, ROUNDED, &format!("{kinds:?}"));
+        let got = group.run_mixed(&kinds, meet, &checkpoint, &program, vocab, &prompts);
+        compare(&want, &got, ROUNDED, &format!("{kinds:?}, {meet:?}"));
     }
 }
 

@@ -63,8 +63,9 @@ pub struct Options {
     /// PATH or NAME of a GGUF file; several with commas.
     #[arg(long, env = "EVENER_MODEL", value_name = "PATH|NAME", value_delimiter = ',')]
     model: Vec<String>,
-    /// Shape of a model of random weights, without a file: llama-tiny, llama-1b, llama-8b or
-    /// llama-70b, with as many layers as memory holds; several with commas.
+    /// Shape of a model of random weights, without a file: llama-tiny, llama-1b, llama-8b,
+    /// llama-70b, mixtral-tiny or mixtral-8x7b, with as many layers as memory holds; several with
+    /// commas.
     #[arg(
         long,
         env = "EVENER_SYNTHETIC",

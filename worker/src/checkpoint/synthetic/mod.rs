@@ -424,7 +424,10 @@ mod tests {
     fn what_a_name_cannot_mean_is_refused_with_what_it_could() {
         let error = |name: &str| name.parse::<Spec>().unwrap_err().to_string();
         assert!(error("synthetic:llama-1b").contains("SHAPE:FORMAT:LAYERS"));
-        assert!(error("synthetic:gpt:q4_k").contains("llama-tiny, llama-1b, llama-8b, llama-70b"));
+        assert!(
+            error("synthetic:gpt:q4_k")
+                .contains("llama-tiny, llama-1b, llama-8b, llama-70b, mixtral-tiny")
+        );
         assert!(error("synthetic:llama-1b:q3").contains("q4_k_m"));
         assert!(error("synthetic:llama-1b:q4_k:17").contains("1 to 16"));
         assert!(error("synthetic:llama-1b:q4_k:0").contains("1 to 16"));
