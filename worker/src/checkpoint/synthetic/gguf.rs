@@ -14,16 +14,29 @@ pub(super) struct Tensor {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) is_vector: bool,
+    /// Matrices of as many rows below each other.
+    n_stacked: usize,
 }
 
 impl Tensor {
     pub(super) fn matrix(stem: String, format: Format, rows: usize, columns: usize) -> Self {
-        Self { name: stem + ".weight", format, rows, columns, is_vector: false }
+        Self { name: stem + ".weight", format, rows, columns, is_vector: false, n_stacked: 1 }
+    }
+
+    /// `rows`: of all `n` matrices.
+    pub(super) fn stack(
+        stem: String,
+        format: Format,
+        n: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Self {
+        Self { n_stacked: n, ..Self::matrix(stem, format, rows, columns) }
     }
 
     pub(super) fn vector(stem: String, columns: usize) -> Self {
         let format = Format::F32;
-        Self { name: stem + ".weight", format, rows: 1, columns, is_vector: true }
+        Self { name: stem + ".weight", format, rows: 1, columns, is_vector: true, n_stacked: 1 }
     }
 
     pub(super) fn n_bytes(&self) -> usize {
@@ -91,8 +104,12 @@ impl Writer {
         let mut offset = 0;
         for tensor in tensors {
             put_string(&mut head, &tensor.name);
-            let dimensions: &[usize] =
-                if tensor.is_vector { &[tensor.columns] } else { &[tensor.columns, tensor.rows] };
+            let Tensor { rows, columns, n_stacked, .. } = *tensor;
+            let dimensions: &[usize] = match (tensor.is_vector, n_stacked) {
+                (true, _) => &[columns],
+                (false, 1) => &[columns, rows],
+                (false, n) => &[columns, rows / n, n],
+            };
             head.extend((dimensions.len() as u32).to_le_bytes());
             dimensions.iter().for_each(|&d| head.extend((d as u64).to_le_bytes()));
             let id = tensor.format.ggml_id().expect("a format of files");

@@ -375,18 +375,18 @@ impl Spec {
             // Experts lie below each other.
             let (suffix, n) = n_experts.map_or(("", 1), |n| ("_exps", n));
             let shapes = [
-                ("attn_q", "", q, hidden),
-                ("attn_k", "", kv, hidden),
-                ("attn_v", "", kv, hidden),
-                ("attn_output", "", hidden, q),
-                ("ffn_gate", suffix, n * ffn, hidden),
-                ("ffn_up", suffix, n * ffn, hidden),
-                ("ffn_down", suffix, n * hidden, ffn),
+                ("attn_q", "", 1, q, hidden),
+                ("attn_k", "", 1, kv, hidden),
+                ("attn_v", "", 1, kv, hidden),
+                ("attn_output", "", 1, hidden, q),
+                ("ffn_gate", suffix, n, ffn, hidden),
+                ("ffn_up", suffix, n, ffn, hidden),
+                ("ffn_down", suffix, n, hidden, ffn),
             ];
-            for (name, suffix, rows, columns) in shapes {
+            for (name, suffix, n, rows, columns) in shapes {
                 let format = self.mix.of_layer(name, layer, self.n_layers);
                 let name = format!("blk.{layer}.{name}{suffix}");
-                tensors.push(Tensor::matrix(name, format, rows, columns));
+                tensors.push(Tensor::stack(name, format, n, n * rows, columns));
             }
         }
         tensors.push(Tensor::vector("output_norm".to_owned(), hidden));
