@@ -5,15 +5,12 @@
 
 mod support;
 
-use std::io::Cursor;
-
-use candle_core::quantized::{GgmlDType, gguf_file};
-use candle_core::{Device, Tensor};
-use candle_transformers::models::quantized_llama::ModelWeights;
+use candle_core::quantized::GgmlDType;
 use evener_worker::backend::{Activations, Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 
 use support::group::Group;
+use support::logits::oracle;
 use support::tiny_model::TinyModel;
 
 const FORMATS: [GgmlDType; 2] = [GgmlDType::BF16, GgmlDType::F16];
@@ -49,18 +46,6 @@ fn checkpoint(format: GgmlDType) -> (Vec<u8>, Checkpoint) {
     (bytes, checkpoint)
 }
 
-/// The oracle's logits of every position of a prompt.
-fn oracle_logits(file: &[u8], prompt: &[u32]) -> Vec<f32> {
-    let mut reader = Cursor::new(file);
-    let content = gguf_file::Content::read(&mut reader).unwrap();
-    let mut model = ModelWeights::from_gguf(content, &mut reader, &Device::Cpu).unwrap();
-    let step = |(position, &token): (usize, &u32)| {
-        let input = Tensor::from_vec(vec![token], (1, 1), &Device::Cpu).unwrap();
-        model.forward(&input, position).unwrap().to_vec2::<f32>().unwrap().remove(0)
-    };
-    prompt.iter().enumerate().flat_map(step).collect()
-}
-
 #[test]
 fn logits_are_those_of_the_oracle_in_f32() {
     for format in FORMATS {
@@ -75,7 +60,7 @@ fn logits_are_those_of_the_oracle_in_f32() {
             ..Group::default()
         };
         for (prompt, got) in prompts.iter().zip(group.logits(&checkpoint, &inputs)) {
-            let want = oracle_logits(&file, prompt);
+            let want = oracle(&file, prompt);
             assert_eq!(got.len(), want.len());
             let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
             let worst = got.iter().zip(&want).fold(0f32, |max, (a, b)| max.max((a - b).abs()));

@@ -6,11 +6,7 @@
 
 mod support;
 
-use std::io::Cursor;
-
-use candle_core::quantized::{GgmlDType, gguf_file};
-use candle_core::{Device, Tensor};
-use candle_transformers::models::quantized_llama::ModelWeights;
+use candle_core::quantized::GgmlDType;
 use evener_worker::backend::{Activations, Kind, KvFormat};
 use evener_worker::checkpoint::{Checkpoint, FileBytes};
 use evener_worker::measure::Demand;
@@ -18,7 +14,7 @@ use evener_worker::model::config::Family;
 use evener_worker::model::{families, shard};
 
 use support::group::{Group, Meet, cuda};
-use support::logits::{compare, sequences};
+use support::logits::{compare, oracle, sequences};
 use support::tiny_model::{Experts, TinyModel};
 
 /// Of the largest logit, where only the order of additions differs.
@@ -51,23 +47,11 @@ fn open(model: &TinyModel) -> (Vec<u8>, Checkpoint) {
     (bytes, checkpoint)
 }
 
-/// The oracle's logits of every position of a prompt.
-fn oracle_logits(file: &[u8], prompt: &[u32]) -> Vec<f32> {
-    let mut reader = Cursor::new(file);
-    let content = gguf_file::Content::read(&mut reader).unwrap();
-    let mut model = ModelWeights::from_gguf(content, &mut reader, &Device::Cpu).unwrap();
-    let step = |(position, &token): (usize, &u32)| {
-        let input = Tensor::from_vec(vec![token], (1, 1), &Device::Cpu).unwrap();
-        model.forward(&input, position).unwrap().to_vec2::<f32>().unwrap().remove(0)
-    };
-    prompt.iter().enumerate().flat_map(step).collect()
-}
-
 #[test]
 fn every_backend_and_split_gives_the_oracles_logits() {
     let (file, checkpoint) = open(&tiny(GgmlDType::F32, false));
     let prompts = sequences(&[20, 13, 7]);
-    let want: Vec<_> = prompts.iter().map(|prompt| oracle_logits(&file, prompt)).collect();
+    let want: Vec<_> = prompts.iter().map(|prompt| oracle(&file, prompt)).collect();
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let splits: [&[u32]; 3] = [&[1], &[2, 1], &[1, 1, 1]];
     for shares in splits {

@@ -211,7 +211,7 @@ struct Step {
 
 impl Work {
     /// A prompt of `n` tokens that took `seconds`, once for each run. Every weight is read once and
-    /// multiplied with every token, the head's with the last.
+    /// multiplied with every token, the head's with the last; of experts those that tokens take.
     pub fn prefill(n: usize, seconds: &[f64], demand: &Demand, ceilings: &Ceilings) -> Self {
         let weights = demand.layer_weights as f64 * n as f64 + demand.head_weights as f64;
         let cache = demand.kv_bytes_per_token as f64 * n as f64;

@@ -85,7 +85,8 @@ pub fn total(isa: Isa, logits: &[f32], highest: f32, scale: f32) -> u64 {
 }
 
 /// Adds to each bin the logits that are so many steps of `1 / scale`, rounded, below `highest`, and to
-/// the last all that are further below. `highest` is the row's largest logit, `scale` positive and finite.
+/// the last all that are further below. `highest` is the row's largest logit, `scale` positive and
+/// finite.
 ///
 /// # Panics
 /// If there are no bins, or more than 2^22.
@@ -93,8 +94,8 @@ pub fn count(isa: Isa, logits: &[f32], highest: f32, scale: f32, bins: &mut [u32
     assert!((1..=1 << 22).contains(&bins.len()), "{} bins", bins.len());
     let last = (bins.len() - 1) as f32;
     for logits in logits.chunks(COUNTED) {
-        type Places = [u32; COUNTED];
-        let places = dispatch!(isa, fn(logits: &[f32], highest: f32, scale: f32, last: f32) -> Places => {
+        type At = [u32; COUNTED];
+        let places = dispatch!(isa, fn(logits: &[f32], highest: f32, scale: f32, last: f32) -> At => {
             let mut places = [0; COUNTED];
             for (place, &logit) in places.iter_mut().zip(logits) {
                 let steps = (highest - logit) * scale;

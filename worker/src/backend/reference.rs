@@ -143,6 +143,12 @@ impl Loaded for ReferenceWeights {
     }
 }
 
+/// `silu(gate) * up`
+fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor, Error> {
+    let silu = (gate / (gate.neg()?.exp()? + 1.0)?)?;
+    Ok((silu * up)?)
+}
+
 /// Numbers of one slot in a layer's k (or v) cache.
 fn slot_len(program: &Program) -> usize {
     program.n_kv_heads * program.head_dim
@@ -220,9 +226,8 @@ impl Reference {
                 self.write(*out, Tensor::cat(&spans?, 0)?)
             }
             Op::SiluGate { gate, up, out } => {
-                let (gate, up) = (self.read(*gate), self.read(*up));
-                let silu = (&gate / (gate.neg()?.exp()? + 1.0)?)?;
-                self.write(*out, (silu * up)?)
+                let activated = silu_gate(&self.read(*gate), &self.read(*up))?;
+                self.write(*out, activated)
             }
             Op::AllReduce { parts, plan, out } => {
                 let plan = &self.program.reduce_plans[plan.0];
@@ -318,8 +323,7 @@ impl Reference {
                 let expert = &experts[e as usize];
                 let gate = x.matmul(&self.weights[expert.gate.0].t()?)?;
                 let up = x.matmul(&self.weights[expert.up.0].t()?)?;
-                let silu = (&gate / (gate.neg()?.exp()? + 1.0)?)?;
-                outputs.push(self.sum_leaves(&(silu * up)?, expert.down, sum)?);
+                outputs.push(self.sum_leaves(&silu_gate(&gate, &up)?, expert.down, sum)?);
             }
             rows.push(Tensor::cat(&outputs, 2)?);
         }

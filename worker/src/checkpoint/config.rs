@@ -105,13 +105,12 @@ fn refuse_unsupported(read: &Reader<'_>) -> Result<(), Error> {
             return unsupported("this mixture of experts", name, got.to_string(), "0");
         }
     }
-    for name in ["expert_weights_scale"] {
-        if let Some(got) = read.optional_float(name)?
-            && got != 0.0
-            && got != 1.0
-        {
-            return unsupported("a scale of experts", name, got.to_string(), "1");
-        }
+    let name = "expert_weights_scale";
+    if let Some(got) = read.optional_float(name)?
+        && got != 0.0
+        && got != 1.0
+    {
+        return unsupported("a scale of experts", name, got.to_string(), "1");
     }
     let name = "expert_gating_func";
     if let Some(got) = read.optional(name)?

@@ -151,10 +151,11 @@ impl<'a> Row<'a> {
     ) {
         let highest = self.highest();
         let mut counts = [0u32; N_BINS];
-        softmax::count(self.isa, self.logits, highest, scale * BINS_A_FOLD, &mut counts);
+        let steps = (scale * BINS_A_FOLD).min(f32::MAX);
+        softmax::count(self.isa, self.logits, highest, steps, &mut counts);
         // What a bin weighs at least: each of its tokens as much as one where it ends.
         let (mut bin, mut mass) = (0, 0.0);
-        while bin < N_BINS - 1 && mass < enough as f64 {
+        while bin == 0 || (bin < N_BINS - 1 && mass < enough as f64) {
             let least = libm::exp(-(bin as f64 + 0.501) / f64::from(BINS_A_FOLD));
             mass += f64::from(counts[bin]) * least * softmax::ONE as f64;
             bin += 1;

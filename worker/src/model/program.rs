@@ -116,7 +116,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// The first matrix that it multiplies with, if it multiplies.
+    /// The first matrix that it multiplies with, if it multiplies; of experts nobody knows before.
     #[must_use]
     pub fn first_matrix(&self) -> Option<WeightId> {
         match self {

@@ -108,11 +108,12 @@ pub fn split(config: &ModelConfig, shares: &[u32]) -> Result<Split, Error> {
 
     let heads_tree = SumTree::nested(&vec![per_kv; config.n_kv_heads]);
     let ffn_tree = SumTree::balanced(config.ffn / ffn_leaf);
+    let lead_only: Vec<_> = (0..shares.len()).map(|rank| usize::from(rank > 0)..1).collect();
     Ok(Split {
         heads_plan: ReducePlan::new(&heads_tree, &heads),
         ffn_plan: ReducePlan::new(&ffn_tree, &ffn),
         embed_plan: ReducePlan::any_order(shares.len()),
-        lead_plan: ReducePlan::new(&SumTree::balanced(1), &apportion(1, &lead_only(shares.len()))),
+        lead_plan: ReducePlan::new(&SumTree::balanced(1), &lead_only),
         heads_tree,
         ffn_tree,
         shards,
@@ -126,10 +127,6 @@ impl Shard {
         let Self { heads, kv_heads, ffn, vocab } = self;
         format!("heads {heads:?}, kv heads {kv_heads:?}, ffn {ffn:?}, vocabulary {vocab:?}")
     }
-}
-
-fn lead_only(n_ranks: usize) -> Vec<u32> {
-    (0..n_ranks).map(|rank| u32::from(rank == 0)).collect()
 }
 
 /// Contiguous ranges of `n_units` by largest remainder; ties go to the lower rank.

@@ -66,7 +66,7 @@ impl Buffers {
 }
 
 impl<'a> Builder<'a> {
-    /// With a program that goes as far as the residual stream's first row.
+    /// With a program in which tokens have become rows of the residual stream.
     pub(super) fn begin(config: &'a ModelConfig, split: &'a Split, rank: usize) -> (Self, Program) {
         let shard = &split.shards[rank];
         let mut program = Program {
